@@ -19,6 +19,7 @@ import platform
 import random
 import sys
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -248,7 +249,7 @@ def read_folder(root):
 def make_synthetic():
     """10,000 and 2,000 images from fixed seeds: class k is a ripple of the k-th of ten wavelengths.
 
-    Centre, phase, colours and noise are random. The mirror image of a ripple is a ripple of the same class.
+    Centre, phase, colour and noise are random. The mirror image of a ripple is a ripple of the same class.
     """
     def make(count, seed):
         g = torch.Generator().manual_seed(seed)
@@ -256,8 +257,8 @@ def make_synthetic():
         cy, cx, phase = torch.rand(3, count, 1, 1, generator=g)
         radius = torch.hypot(torch.arange(32)[:, None] - 31 * cy, torch.arange(32) - 31 * cx)  # (count, 32, 32)
         cycles = (0.05 + 0.025 * labels)[:, None, None] * radius + phase
-        colour = torch.rand(2, count, 3, 1, 1, generator=g)
-        images = torch.lerp(*colour, 0.5 + 0.5 * torch.cos(2 * math.pi * cycles)[:, None])  # (count, 3, 32, 32)
+        colour = torch.rand(count, 3, 1, 1, generator=g) - 0.5
+        images = 0.5 + colour * torch.cos(2 * math.pi * cycles)[:, None]  # (count, 3, 32, 32)
         images += 0.05 * torch.randn(images.shape, generator=g)
         return (255 * images.clamp(0, 1)).byte(), labels
 
@@ -349,7 +350,9 @@ def save(path, **content):
 def load(path):
     """What save() wrote: tensors and plain values, never code."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            saved = torch.load(path, map_location="cpu", weights_only=True)
         return {key: saved[key] for key in ("net", "model", "mean", "classes", "iteration", "args")}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: train the net first, or name its folder by --output-dir") from None

@@ -1,0 +1,754 @@
+# SPDX-License-Identifier: MIT
+"""Tests of resnet.py: `python -m pytest`. They need no GPU and no download.
+
+What is tested is compared with something that does not come from resnet.py: the paper's numbers, arithmetic written
+out by hand, torchvision, or a loop over single images and pixels.
+"""
+import ast
+import copy
+import csv
+import json
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+import resnet
+
+PROGRAM = Path(resnet.__file__)
+
+
+def run(capsys, *argv):
+    """Run the program in this process: (exit status, stdout, stderr)."""
+    status = 0
+    try:
+        resnet.main([str(word) for word in argv])
+    except SystemExit as end:
+        status = end.code
+        if isinstance(status, str):  # as the interpreter does with sys.exit("text")
+            print(status, file=sys.stderr)
+            status = 1
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def rows_of(folder):
+    with open(folder / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def noisy(net):
+    """net with BN parameters and statistics that are not the initial zeros and ones, which would hide mistakes."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return net
+
+
+def write_folder(root, classes=("cat", "dog"), train=6, test=4):
+    """A tiny data set for --dataset folder: one grey level a class, so that it is easy to learn."""
+    for part, count in (("train", train), ("test", test)):
+        for k, name in enumerate(classes):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (32, 32), (100 * k + i, 50, 200 - 100 * k)).save(root / part / name / f"{i}.png")
+    return root
+
+
+# ----- Sections 3.1 to 3.3: shortcuts and block ---------------------------------------------------------------------
+
+
+def by_hand(block, x):
+    """The training-mode block from its state_dict, with convolutions as matrix products and BN as formulas."""
+    w = dict(block.named_parameters())
+
+    def convolution(x, weight, stride):
+        size, (batch, _, height, width) = weight.shape[-1], x.shape
+        columns = F.unfold(x, size, padding=size // 2, stride=stride)
+        y = weight.flatten(1) @ columns
+        return y.view(batch, -1, -(-height // stride), -(-width // stride))
+
+    def batch_norm(x, name):
+        mean = x.mean(dim=(0, 2, 3), keepdim=True)
+        variance = ((x - mean) ** 2).mean(dim=(0, 2, 3), keepdim=True)
+        scale, shift = w[f"{name}.weight"][:, None, None], w[f"{name}.bias"][:, None, None]
+        return (x - mean) / (variance + 1e-5).sqrt() * scale + shift
+
+    stride = block.conv1.stride[0]
+    y = batch_norm(convolution(x, w["conv1.weight"], stride), "bn1").clamp(min=0)
+    y = batch_norm(convolution(y, w["conv2.weight"], 1), "bn2")
+    if block.shortcut is None:
+        return y.clamp(min=0)
+    if "shortcut.conv.weight" in w:
+        return (y + batch_norm(convolution(x, w["shortcut.conv.weight"], stride), "shortcut.bn")).clamp(min=0)
+    shortcut = torch.zeros_like(y)
+    first = (y.shape[1] - x.shape[1]) // 2
+    shortcut[:, first:first + x.shape[1]] = x[:, :, ::stride, ::stride]
+    return (y + shortcut).clamp(min=0)
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (8, 16, 2), (8, 16, 1), (8, 8, 2), (3, 8, 2)], ids=str)
+@pytest.mark.parametrize("shortcut", ["A", "B", "C", None])
+def test_block_equals_the_block_written_out(shortcut, shape):
+    torch.manual_seed(0)
+    block = noisy(resnet.ResidualBlock(*shape, shortcut)).double()
+    x = torch.randn(4, shape[0], 9, 7, dtype=torch.double, requires_grad=True)
+    y, expected = block(x), by_hand(block, x)
+    weight = torch.randn_like(y)
+    torch.testing.assert_close(y, expected)
+    inputs = [x, *block.parameters()]
+    for ours, theirs in zip(torch.autograd.grad((y * weight).sum(), inputs),
+                            torch.autograd.grad((expected * weight).sum(), inputs), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("shortcut", "shape", "kind"), [
+    ("A", (8, 8, 1), resnet.IdentityShortcut), ("A", (8, 16, 2), resnet.IdentityShortcut),
+    ("B", (8, 8, 1), resnet.IdentityShortcut), ("B", (8, 16, 2), resnet.ProjectionShortcut),
+    ("B", (8, 16, 1), resnet.ProjectionShortcut), ("B", (8, 8, 2), resnet.ProjectionShortcut),
+    ("C", (8, 8, 1), resnet.ProjectionShortcut), ("C", (8, 16, 2), resnet.ProjectionShortcut),
+    (None, (8, 16, 2), type(None))], ids=str)
+def test_option_decides_the_kind_of_shortcut(shortcut, shape, kind):
+    assert type(resnet.ResidualBlock(*shape, shortcut).shortcut) is kind
+
+
+def test_identity_shortcut_pixel_by_pixel():
+    x = torch.randn(2, 3, 5, 4)
+    y = resnet.IdentityShortcut(3, 8, stride=2)(x)
+    assert y.shape == (2, 8, 3, 2)
+    for image in range(2):
+        for channel in range(8):
+            for row in range(3):
+                for column in range(2):
+                    source = channel - 2  # five new channels: two before, three after
+                    value = x[image, source, 2 * row, 2 * column] if 0 <= source < 3 else 0
+                    assert y[image, channel, row, column] == value
+
+
+def test_identity_shortcut_keeps_zeros_zero_beside_nan():
+    y = resnet.IdentityShortcut(2, 4, stride=2)(torch.full((1, 2, 4, 4), float("nan")))
+    assert torch.equal(y[:, [0, 3]], torch.zeros(1, 2, 2, 2))
+
+
+def test_block_is_relu_of_the_identity_if_the_residual_is_zero():
+    block = noisy(resnet.ResidualBlock(8, 8))
+    nn.init.zeros_(block.bn2.weight)
+    nn.init.zeros_(block.bn2.bias)
+    x = torch.randn(2, 8, 6, 6)
+    assert torch.equal(block(x), x.clamp(min=0))
+    plain = copy.deepcopy(block)
+    plain.shortcut = None
+    assert torch.equal(plain(x), torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_option_b_equals_torchvision(training):
+    torch.manual_seed(0)
+    ours = noisy(resnet.ResidualBlock(16, 32, 2, "B")).train(training)
+    projection = nn.Sequential(nn.Conv2d(16, 32, 1, 2, bias=False), nn.BatchNorm2d(32))
+    theirs = torchvision.models.resnet.BasicBlock(16, 32, 2, projection).train(training)
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)))
+    x = torch.randn(4, 16, 8, 8)
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.bn2.running_var, theirs.bn2.running_var)
+
+
+def test_bad_blocks_are_refused():
+    with pytest.raises(ValueError, match="projection|ProjectionShortcut"):
+        resnet.IdentityShortcut(32, 16)
+    with pytest.raises(ValueError, match="'D'"):
+        resnet.ResidualBlock(16, 16, shortcut="D")
+
+
+def test_the_block_can_be_copied_out_with_torch_alone():
+    names = ("IdentityShortcut", "ProjectionShortcut", "ResidualBlock")
+    text = PROGRAM.read_text(encoding="utf-8")
+    parts = [ast.get_source_segment(text, node) for node in ast.parse(text).body
+             if isinstance(node, ast.ClassDef) and node.name in names]
+    assert len(parts) == 3
+    space = {}
+    exec("import torch\nfrom torch import nn\nfrom torch.nn import functional as F\n" + "\n".join(parts), space)  # noqa: S102
+    assert space["ResidualBlock"](16, 32, stride=2, shortcut="B")(torch.zeros(1, 16, 8, 8)).shape == (1, 32, 4, 4)
+
+
+# ----- Section 4.2: the nets ----------------------------------------------------------------------------------------
+
+DEPTHS = [20, 32, 44, 56, 110, 1202]
+PARAMETERS = {  # counted by hand from the widths; the paper's table rounds the first row
+    "A": [269_722, 464_154, 658_586, 853_018, 1_727_962, 19_421_274],
+    "B": [272_474, 466_906, 661_338, 855_770, 1_730_714, 19_424_026],
+    "C": [283_962, 489_594, 695_226, 900_858, 1_826_202, 20_538_714],
+}
+
+
+@pytest.mark.parametrize("option", ["plain", "A", "B", "C"])
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_parameters_and_layers(depth, option):
+    with torch.device("meta"):  # shapes without memory
+        net = resnet.ResNet(depth, plain=option == "plain", shortcut=option.replace("plain", "A"))
+    expected = PARAMETERS[option.replace("plain", "A")][DEPTHS.index(depth)]
+    assert sum(p.numel() for p in net.parameters()) == expected
+    layers = [name for name, module in net.named_modules()
+              if isinstance(module, (nn.Conv2d, nn.Linear)) and "shortcut" not in name]
+    assert len(layers) == depth
+    assert all(module.bias is None for module in net.modules() if isinstance(module, nn.Conv2d))
+
+
+def test_plain_and_residual_differ_by_the_shortcuts_alone():
+    plain, residual = resnet.ResNet(20, plain=True), resnet.ResNet(20)
+    shapes = [{name: t.shape for name, t in net.state_dict().items()} for net in (plain, residual)]
+    assert shapes[0] == shapes[1]
+    assert not list(resnet.IdentityShortcut(16, 32, 2).parameters())
+    plain.load_state_dict(residual.state_dict())
+    plain.eval(), residual.eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert not torch.allclose(plain(x), residual(x))
+    for block in [m for m in residual.modules() if isinstance(m, resnet.ResidualBlock)]:
+        block.shortcut = None
+    assert torch.equal(plain(x), residual(x))
+
+
+def test_stage_shapes_and_global_average():
+    net, shapes = resnet.ResNet(20, num_classes=7), {}
+    for name, module in net.named_children():
+        module.register_forward_hook(lambda _, i, o, name=name: shapes.update({name: (i[0], tuple(o.shape[1:]))}))
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    assert {name: shape for name, (_, shape) in shapes.items()} == {
+        "conv1": (16, 32, 32), "bn1": (16, 32, 32), "stage1": (16, 32, 32),
+        "stage2": (32, 16, 16), "stage3": (64, 8, 8), "fc": (7,)}
+    assert [len(stage) for stage in (net.stage1, net.stage2, net.stage3)] == [3, 3, 3]
+    net.stage3.register_forward_hook(lambda _, i, o: shapes.update(last=o))
+    net(torch.randn(2, 3, 32, 32))
+    torch.testing.assert_close(shapes["fc"][0], shapes["last"].flatten(2).sum(dim=2) / 64)
+
+
+def test_he_initialisation():
+    torch.manual_seed(0)
+    net = resnet.ResNet(56, shortcut="B")
+    for name, module in net.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            weight = module.weight.detach()
+            deviation = (2 / weight[0].numel()) ** 0.5
+            spread = 5 / weight.numel() ** 0.5  # five standard errors, and more
+            assert abs(weight.std() / deviation - 1) < spread, name
+            assert abs(weight.mean() / deviation) < spread, name
+    assert torch.equal(net.fc.bias, torch.zeros(10))
+
+
+@pytest.mark.parametrize(("depth", "nearest"), [
+    (57, "56 and 62"), (61, "56 and 62"), (21, "20 and 26"), (0, "8 and 14"), (2, "8 and 14"), (-4, "8 and 14")])
+def test_depth_that_is_not_6n_plus_2(depth, nearest):
+    with pytest.raises(ValueError, match=f"{nearest}$"):
+        resnet.ResNet(depth)
+
+
+@pytest.mark.parametrize("option", ["plain", "A", "B", "C"])
+def test_net_pickles_copies_exports_and_loads(option, tmp_path):
+    torch.manual_seed(0)
+    net = noisy(resnet.ResNet(8, plain=option == "plain", shortcut=option.replace("plain", "A"))).eval()
+    x = torch.randn(2, 3, 32, 32)
+    y = net(x)
+    assert torch.equal(pickle.loads(pickle.dumps(net))(x), y)
+    assert torch.equal(copy.deepcopy(net)(x), y)
+    torch.testing.assert_close(torch.export.export(net, (x,)).module()(x), y)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    other = resnet.ResNet(8, plain=option == "plain", shortcut=option.replace("plain", "A")).eval()
+    other.load_state_dict(torch.load(tmp_path / "net.pt", weights_only=True))
+    assert torch.equal(other(x), y)
+    assert {key.split(".")[0] for key in net.state_dict()} == {"conv1", "bn1", "stage1", "stage2", "stage3", "fc"}
+
+
+# ----- Section 4.2: the data ----------------------------------------------------------------------------------------
+
+
+def test_augment_equals_a_loop_over_all_crops_and_flips():
+    """All 9 x 9 x 2 cases against torchvision's pad, crop and flip, image by image."""
+    cases = torch.cartesian_prod(torch.arange(9), torch.arange(9), torch.arange(2))
+    images = torch.rand(len(cases), 3, 32, 32) + 1  # no pixel looks like the padding
+    ours = resnet.augment(images, *cases.T)
+    assert ours.shape == images.shape
+    for image, (dy, dx, flip), result in zip(images, cases.tolist(), ours, strict=True):
+        expected = torchvision.transforms.functional.pad(image, [4])[:, dy:dy + 32, dx:dx + 32]
+        expected = torchvision.transforms.functional.hflip(expected) if flip else expected
+        assert torch.equal(result, expected)
+    assert torch.equal(resnet.augment(images[:1], *torch.tensor([[4], [4], [0]])), images[:1])
+
+
+def test_draws_reach_every_crop_and_flip_evenly():
+    index, dy, dx, flip = resnet.draw_epoch(81 * 2 * 100, seed=3, epoch=5)
+    counts = torch.bincount((dy * 9 + dx) * 2 + flip, minlength=162)
+    assert len(counts) == 162
+    assert counts.sum() == 16_200
+    assert counts.min() > 50 and counts.max() < 150  # 100 +- 5 standard deviations
+    assert torch.equal(index.sort().values, torch.arange(16_200))
+
+
+def test_draws_depend_on_seed_and_epoch_alone():
+    one = resnet.draw_epoch(50, 0, 0)
+    torch.manual_seed(1)
+    assert torch.equal(one, resnet.draw_epoch(50, 0, 0))
+    others = [resnet.draw_epoch(50, *key) for key in ((0, 1), (1, 0), (2**32 - 1, 0), (256, 0), (0, 2**20))]
+    for other in others:
+        assert all(not torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (10, 5), (3, 8), (7, 7), (50, 1)])
+def test_no_image_is_dropped_or_repeated_within_an_epoch(count, batch_size):
+    source, taken = resnet.batches(count, batch_size, 0, "cpu"), []
+    while len(taken) < 5 * count:
+        batch = next(source)
+        assert batch.shape == (4, batch_size)
+        taken += batch[0].tolist()
+    for epoch in range(5):
+        order = taken[epoch * count:(epoch + 1) * count]
+        assert sorted(order) == list(range(count))
+        assert order == resnet.draw_epoch(count, 0, epoch)[0].tolist()
+
+
+def test_mean_is_per_pixel_and_of_the_training_images(tmp_path):
+    data = resnet.load_data("folder", write_folder(tmp_path), False, "cpu")
+    assert data.images.dtype == torch.uint8 and data.images.shape == (12, 3, 32, 32)
+    by_loop = sum(image.double() / 255 for image in data.images) / 12
+    torch.testing.assert_close(data.mean.double(), by_loop, rtol=1e-6, atol=0)
+    assert data.mean.shape == (3, 32, 32)
+    normalised = resnet.normalise(data.images, data.mean)
+    assert normalised.dtype == torch.float32
+    torch.testing.assert_close(normalised.mean(dim=0), torch.zeros(3, 32, 32), rtol=0, atol=1e-6)
+    torch.testing.assert_close(normalised[3], data.images[3] / 255 - by_loop.float())
+
+
+def test_folder_holds_what_was_written(tmp_path):
+    write_folder(tmp_path, classes=("owl", "ape", "bee"))
+    pixels = torch.randint(256, (32, 32, 3), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "test" / "bee" / "0.png")
+    images, labels, test_images, test_labels, classes = resnet.read_folder(tmp_path)
+    assert classes == ["ape", "bee", "owl"]
+    assert labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    assert test_labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert torch.equal(test_images[4].permute(1, 2, 0), pixels)
+    assert images[-1, :, 0, 0].tolist() == [5, 50, 200]  # "owl" was written first, its last image is the sixth
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_files_are_read_plane_by_plane(name, tmp_path, monkeypatch):
+    """A small data set in CIFAR's own file format: 3072 bytes an image, all red ones first, row by row."""
+    source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    key, names = {"cifar10": ("labels", "label_names"), "cifar100": ("fine_labels", "fine_label_names")}[name]
+    folder = tmp_path / source.base_folder
+    folder.mkdir()
+    bytes_, labels = torch.randint(256, (2, 5, 3072), dtype=torch.uint8), torch.randint(10, (2, 5))
+    for part in range(2):
+        entry = {"data": bytes_[part].numpy(), key: labels[part].tolist()}
+        (folder / f"part{part}").write_bytes(pickle.dumps(entry))
+    (folder / "meta").write_bytes(pickle.dumps({names: list("abcdefghij")}))
+    monkeypatch.setattr(source, "train_list", [["part0", None]])
+    monkeypatch.setattr(source, "test_list", [["part1", None]])
+    monkeypatch.setattr(source, "meta", {"filename": "meta", "key": names, "md5": None})
+    images, train_labels, test_images, test_labels, classes = resnet.read_cifar(name, tmp_path)
+    assert classes == list("abcdefghij")
+    assert torch.equal(images, bytes_[0].view(5, 3, 32, 32))
+    assert torch.equal(test_images, bytes_[1].view(5, 3, 32, 32))
+    assert torch.equal(torch.stack([train_labels, test_labels]), labels)
+
+
+def test_val_holds_out_5000_training_images():
+    whole, split = (resnet.load_data("synthetic", None, val, "cpu") for val in (False, True))
+    assert (len(split.images), len(split.test_images)) == (5_000, 5_000)
+    assert (len(split.labels), len(split.test_labels)) == (5_000, 5_000)
+
+    def multiset(images, labels):
+        return sorted(hash(image.numpy().tobytes() + bytes([label])) for image, label in zip(images, labels.tolist()))
+
+    both = multiset(torch.cat([split.images, split.test_images]), torch.cat([split.labels, split.test_labels]))
+    assert both == multiset(whole.images, whole.labels)
+    assert torch.bincount(split.test_labels).min() > 400  # it is a sample, not a range
+    torch.testing.assert_close(split.mean, (split.images.double() / 255).mean(dim=0).float())
+
+
+def test_synthetic_data_is_fixed_and_balanced():
+    images, labels, test_images, test_labels, classes = resnet.make_synthetic()
+    assert images.dtype == torch.uint8 and len(classes) == 10
+    assert torch.bincount(labels).tolist() == [1000] * 10 and torch.bincount(test_labels).tolist() == [200] * 10
+    torch.manual_seed(5)
+    assert torch.equal(images, resnet.make_synthetic()[0])
+    train = {image.numpy().tobytes() for image in images}
+    assert not any(image.numpy().tobytes() in train for image in test_images)
+
+
+# ----- Section 4.2: the recipe --------------------------------------------------------------------------------------
+
+
+def test_learning_rate_at_its_edges():
+    rates = {0: 0.1, 31_999: 0.1, 32_000: 0.01, 47_999: 0.01, 48_000: 0.001, 63_999: 0.001}
+    for iteration, rate in rates.items():
+        assert resnet.learning_rate(iteration, 64_000) == pytest.approx(rate, rel=1e-12)
+    assert [resnet.learning_rate(i, 8, base=1) for i in range(8)] == [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]
+    assert [resnet.learning_rate(i, 8, base=1, warm=True) for i in range(8)] == [0.1] * 6 + [0.01] * 2
+    assert [resnet.learning_rate(i, 1) for i in range(1)] == [0.1]
+    assert [resnet.learning_rate(i, 3, base=1) for i in range(3)] == [1, 1, 0.1]
+
+
+def recipe(**changes):
+    values = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "batch_size": 8, "seed": 0, "warmup": False,
+              "iterations": 4}
+    return Namespace(**{**values, **changes})
+
+
+def small_data(count=40, classes=10):
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, 3, 32, 32), generator=g, dtype=torch.uint8)
+    labels = torch.randint(classes, (count,), generator=g)
+    return resnet.Data(images, labels, images, labels, images.double().mean(dim=0).float() / 255, list(range(classes)))
+
+
+class Constant(nn.Module):
+    """Answers class 0 whatever it is shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x):
+        return torch.tensor([1.0, 0.0]).expand(len(x), 2) + 0 * self.bias
+
+
+@pytest.mark.parametrize(("right", "ends"), [(0, None), (20, None), (21, 100), (100, 100)])
+def test_warmup_ends_when_the_training_error_is_below_80_percent(right, ends):
+    labels = (torch.arange(100) >= right).long()  # class 0 is the right answer for so many of 100
+    images = torch.zeros(100, 3, 32, 32, dtype=torch.uint8)
+    data = resnet.Data(images, labels, images, labels, torch.zeros(3, 32, 32), ["a", "b"])
+    args = recipe(warmup=True, batch_size=100, iterations=400)
+    rates = [rate for _, rate, _, _ in resnet.train(Constant(), data, args)]
+    expected = [0.01] * 400 if ends is None else [0.01] * ends + [0.1] * (200 - ends) + [0.01] * 200
+    assert rates[:300] == pytest.approx(expected[:300])
+    assert rates[300:] == pytest.approx([0.001] * 100)
+
+
+def test_train_is_the_recipe_written_out():
+    """Four steps of SGD with momentum and weight decay on padded, cropped and flipped images, all by hand."""
+    torch.manual_seed(0)
+    data, args = small_data(count=10), recipe(weight_decay=0.01)  # batches of 8 of 10: they cross epochs
+    net = resnet.ResNet(8).double()
+    other = copy.deepcopy(net)
+    data = data._replace(mean=data.mean.double())
+    steps = list(resnet.train(net, data, args))
+
+    velocity = [torch.zeros_like(p) for p in other.parameters()]
+    draws = torch.cat([resnet.draw_epoch(10, 0, epoch) for epoch in range(4)], dim=1)
+    for step in range(4):
+        batch, labels = [], []
+        for index, dy, dx, flip in draws[:, 8 * step:8 * step + 8].T.tolist():
+            image = F.pad(data.images[index] / 255 - data.mean, (4, 4, 4, 4))[:, dy:dy + 32, dx:dx + 32]
+            batch.append(image.flip(2) if flip else image)
+            labels.append(data.labels[index])
+        logits = other(torch.stack(batch))
+        chosen = logits.log_softmax(dim=1)[range(8), torch.stack(labels)]
+        loss = -chosen.mean()
+        wrong = sum(int(row.argmax()) != label for row, label in zip(logits, labels, strict=True))
+        rate = [0.1, 0.1, 0.01, 0.001][step]
+        for p, v, g in zip(other.parameters(), velocity, torch.autograd.grad(loss, list(other.parameters()))):
+            v.mul_(0.9).add_(g + 0.01 * p.detach())
+            p.data.sub_(rate * v)
+        iteration, their_rate, their_loss, their_wrong = steps[step]
+        assert (iteration, their_wrong.item()) == (step + 1, wrong)
+        assert their_rate == pytest.approx(rate)
+        torch.testing.assert_close(their_loss, loss.detach(), rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(net.state_dict().values(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_evaluate_equals_a_loop_over_single_images():
+    torch.manual_seed(0)
+    data = small_data(count=503)  # one batch of 500, and three more
+    net = noisy(resnet.ResNet(8)).train()
+    before = copy.deepcopy(net.state_dict())
+    error = resnet.evaluate(net, data.test_images, data.test_labels, data.mean)
+    assert net.training
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values()))
+    net.eval()
+    with torch.no_grad():
+        wrong = sum(int(net(image[None] / 255 - data.mean).argmax()) != int(label)
+                    for image, label in zip(data.test_images, data.test_labels))
+    assert error == pytest.approx(100 * wrong / 503)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_one_batch_can_be_learnt_by_heart(plain):
+    torch.manual_seed(0)
+    data = small_data(count=32)
+    net = resnet.ResNet(8, plain=plain)
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9)
+    images = resnet.normalise(data.images, data.mean)
+    for _ in range(60):
+        loss = F.cross_entropy(net(images), data.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+    assert (net(images).argmax(dim=1) == data.labels).all()
+
+
+def test_synthetic_data_can_be_learnt(tmp_path, capsys):
+    status, _, _ = run(capsys, "--dataset", "synthetic", "--depth", 8, "--iterations", 150, "--batch-size", 64,
+                         "--eval-every", 150, "--output-dir", tmp_path / "run")
+    assert status == 0
+    rows = rows_of(tmp_path / "run")
+    assert float(rows[-1]["test_error"]) < 50  # by chance it would be 90
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_equals_cpu():
+    torch.manual_seed(0)
+    net, data, args = resnet.ResNet(20).double(), small_data(), recipe()
+    data = data._replace(mean=data.mean.double())
+    there = data._replace(**{k: v.cuda() for k, v in data._asdict().items() if k != "classes"})
+    on_cuda = copy.deepcopy(net).cuda()
+    for (*_, loss, wrong), (*_, loss_there, wrong_there) in zip(resnet.train(net, data, args),
+                                                                resnet.train(on_cuda, there, args), strict=True):
+        torch.testing.assert_close(loss_there.cpu(), loss, rtol=1e-5, atol=1e-6)
+        assert wrong_there.item() == wrong.item()
+
+
+# ----- The program --------------------------------------------------------------------------------------------------
+
+
+def test_program_on_a_folder_then_test_only(tmp_path):
+    """As a user runs it: training, its files, and the saved net evaluated again."""
+    write_folder(tmp_path / "data")
+    command = [sys.executable, PROGRAM, "--dataset", "folder", "--data-dir", tmp_path / "data", "--depth", "8",
+               "--plain", "--batch-size", "5", "--device", "cpu"]
+    done = subprocess.run([*command, "--iterations", "7", "--eval-every", "3"], cwd=tmp_path, check=False,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    folder = tmp_path / "runs" / "plain-8-folder"
+    assert sorted(path.name for path in folder.iterdir()) == ["log.csv", "model.pt", "run.json"]
+    for words in ("cpu", torch.__version__, "plain-8", "74,770 parameters", "12 training and 8 test", "2 classes"):
+        assert words in done.stdout, words
+    assert "\r" not in done.stdout and "the paper" not in done.stdout
+
+    rows = rows_of(folder)
+    assert [row["iteration"] for row in rows] == ["3", "6", "7"]
+    assert [float(row["rate"]) for row in rows] == [0.1, 0.01, 0.001]
+    last = f"{float(rows[-1]['test_error']):.2f} %"
+    assert done.stdout.splitlines()[-1].startswith(f"plain-8: test error {last} after the last iteration")
+    repeat = json.loads((folder / "run.json").read_text())
+    assert repeat["arguments"]["depth"] == 8 and repeat["arguments"]["seed"] == 0
+    assert f"torch {torch.__version__}" in repeat["versions"]
+
+    again = subprocess.run([sys.executable, PROGRAM, "--test-only", "--output-dir", folder], cwd=tmp_path, check=False,
+                           capture_output=True, text=True)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout.splitlines()[-1] == f"plain-8, after 7 iterations: test error {last}"
+
+
+def test_saved_net_loads_into_a_bare_one(tmp_path, capsys):
+    write_folder(tmp_path / "data", classes=("a", "b", "c"))
+    run(capsys, "--dataset", "folder", "--data-dir", tmp_path / "data", "--depth", 8, "--shortcut", "B",
+        "--iterations", 2, "--output-dir", tmp_path / "run")
+    saved = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
+    net = resnet.ResNet(8, shortcut="B", num_classes=3)
+    net.load_state_dict(saved["model"])
+    assert saved["mean"].shape == (3, 32, 32) and saved["classes"] == ["a", "b", "c"]
+
+
+def test_same_seed_same_bits(tmp_path, capsys):
+    write_folder(tmp_path / "data")
+    results = []
+    for name, seed in (("one", 5), ("two", 5), ("three", 6)):
+        run(capsys, "--dataset", "folder", "--data-dir", tmp_path / "data", "--depth", 8, "--iterations", 6,
+            "--batch-size", 8, "--device", "cpu", "--output-dir", tmp_path / name, "--seed", seed)
+        rows = [list(row.values())[:5] for row in rows_of(tmp_path / name)]
+        results.append((rows, torch.load(tmp_path / name / "model.pt", weights_only=True)["model"]))
+    (rows, one), (same_rows, two), (other_rows, three) = results
+    assert rows == same_rows != other_rows
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert not torch.equal(one["conv1.weight"], three["conv1.weight"])
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["--depth", "57"], "56 and 62"),
+    (["--depth", "0"], "8 and 14"),
+    (["--depth", "-4"], "8 and 14"),
+    (["--depth", "deep"], "--depth"),
+    (["--shortcut", "D"], "--shortcut"),
+    (["--plain", "--shortcut", "B"], "--plain"),
+    (["--dataset", "mnist"], "--dataset"),
+    (["--iterations", "0"], "--iterations"),
+    (["--batch-size", "0"], "--batch-size"),
+    (["--batch-size", "2.5"], "--batch-size"),
+    (["--lr", "-1"], "--lr"),
+    (["--lr", "nan"], "--lr"),
+    (["--lr", "inf"], "--lr"),
+    (["--momentum", "1"], "--momentum"),
+    (["--weight-decay", "-1e-4"], "--weight-decay"),
+    (["--seed", "-1"], "--seed"),
+    (["--seed", "4294967296"], "--seed"),
+    (["--eval-every", "0"], "--eval-every"),
+    (["--dep", "20"], "--dep"),
+    (["--device", "tpu"], "cuda, cuda:N, mps or cpu"),
+    (["--device", "cuda:99"], "--device cuda:99"),
+    (["--dataset", "folder", "--data-dir", "nowhere"], "nowhere"),
+    (["--test-only", "--output-dir", "nowhere"], "nowhere"),
+])
+def test_bad_arguments_are_one_line(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(capsys, *argv)
+    assert status == 2
+    assert len(err.splitlines()) == 1
+    assert words in err and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def break_missing_class(root):
+    for path in (root / "test" / "dog").iterdir():
+        path.unlink()
+    (root / "test" / "dog").rmdir()
+
+
+def break_empty_class(root):
+    for path in (root / "train" / "dog").iterdir():
+        path.unlink()
+
+
+def spoil(image):
+    return lambda root: image.save(root / "train" / "dog" / "3.png")
+
+
+@pytest.mark.parametrize(("spoiler", "words"), [
+    (break_missing_class, ["same classes", "dog"]),
+    (break_empty_class, ["train", "dog"]),
+    (lambda root: (root / "train" / "dog" / "3.png").write_text("woof"), ["dog/3.png", "image"]),
+    (lambda root: (root / "train" / "dog" / "3.png").write_bytes(b""), ["dog/3.png", "image"]),
+    (spoil(Image.new("RGB", (33, 32))), ["dog/3.png", "33x32", "32x32 RGB"]),
+    (spoil(Image.new("L", (32, 32))), ["dog/3.png", "32x32 L", "32x32 RGB"]),
+    (spoil(Image.new("RGBA", (32, 32))), ["dog/3.png", "RGBA", "32x32 RGB"]),
+    (spoil(Image.new("I;16", (32, 32))), ["dog/3.png", "I;16", "32x32 RGB"]),
+], ids=["missing class", "empty class", "text", "empty file", "size", "grey", "alpha", "16 bits"])
+def test_bad_folders_are_one_line(spoiler, words, tmp_path, capsys):
+    spoiler(write_folder(tmp_path / "data"))
+    status, _, err = run(capsys, "--dataset", "folder", "--data-dir", tmp_path / "data",
+                         "--output-dir", tmp_path / "run")
+    assert status == 2
+    assert len(err.splitlines()) == 1
+    assert all(word in err.replace("\\", "/") for word in words), err
+    assert not (tmp_path / "run").exists()
+
+
+def test_failed_download_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    status, _, err = run(capsys, "--depth", 56, "--plain", "--data-dir", tmp_path / "data",
+                         "--output-dir", tmp_path / "run")
+    assert status == 2
+    assert len(err.splitlines()) == 1
+    for word in ("http://127.0.0.1:9/cifar-10-python.tar.gz", str(tmp_path / "data"), "--dataset synthetic"):
+        assert word in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_val_needs_more_than_5000_images(tmp_path, capsys):
+    status, _, err = run(capsys, "--dataset", "folder", "--data-dir", write_folder(tmp_path / "data"), "--val",
+                         "--output-dir", tmp_path / "run")
+    assert status == 2 and "5,000" in err and len(err.splitlines()) == 1
+
+
+def test_a_run_is_not_overwritten_and_a_bad_folder_is_one_line(tmp_path, capsys):
+    argv = ["--dataset", "folder", "--data-dir", write_folder(tmp_path / "data"), "--depth", 8, "--iterations", 2]
+    assert run(capsys, *argv, "--output-dir", tmp_path / "run")[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    status, _, err = run(capsys, *argv, "--output-dir", tmp_path / "run")
+    assert status == 2 and "already holds a run" in err and len(err.splitlines()) == 1
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    status, _, err = run(capsys, *argv, "--output-dir", tmp_path / "data" / "train" / "cat" / "0.png")
+    assert status == 2 and "--output-dir" in err and len(err.splitlines()) == 1
+
+
+def test_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
+    status, out, err = run(capsys, "--dataset", "folder", "--data-dir", write_folder(tmp_path / "data"), "--depth", 8,
+                           "--iterations", 9, "--lr", "1e38", "--output-dir", tmp_path / "run")
+    assert status == 1
+    assert len(err.splitlines()) == 1 and "loss" in err and "--lr" in err
+    assert "after the last iteration" not in out
+
+
+@pytest.mark.parametrize("content", [b"", b"no net", pickle.dumps({"model": 1})])
+def test_file_that_is_no_saved_net(content, tmp_path, capsys):
+    (tmp_path / "model.pt").write_bytes(content)
+    with warnings.catch_warnings(record=True) as caught:  # a warning would be a second line
+        status, _, err = run(capsys, "--test-only", "--output-dir", tmp_path)
+    assert status == 2 and "model.pt" in err and len(err.splitlines()) == 1 and not caught
+
+
+def test_saved_net_is_not_taken_for_another(tmp_path, capsys):
+    argv = ["--dataset", "folder", "--data-dir", write_folder(tmp_path / "data"), "--output-dir", tmp_path / "run"]
+    assert run(capsys, *argv, "--depth", 8, "--iterations", 2)[0] == 0
+    for other in (["--depth", 14], ["--plain"], ["--shortcut", "C"],
+                  ["--data-dir", write_folder(tmp_path / "other", classes=("cat", "fox"))]):
+        status, _, err = run(capsys, *argv, "--test-only", *other)
+        assert status == 2 and "ResNet-8" in err and len(err.splitlines()) == 1, other
+
+
+@pytest.mark.parametrize(("argv", "shown"), [
+    ([], "8.75"), (["--depth", 110], "6.43"), (["--seed", 3], "8.75"), (["--plain"], None), (["--depth", 26], None),
+    (["--val"], None), (["--shortcut", "B"], None), (["--dataset", "cifar100"], None), (["--iterations", 100], None),
+    (["--batch-size", 64], None), (["--lr", 0.2], None), (["--warmup"], None), (["--depth", 110, "--no-warmup"], None)])
+def test_paper_stands_only_beside_its_own_recipe(argv, shown, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(resnet, "load_data", lambda *_: small_data())
+    monkeypatch.setattr(resnet, "fit", lambda *_: 12.34)  # the training itself is not what is looked at here
+    status, out, _ = run(capsys, *argv, "--output-dir", tmp_path)
+    assert status == 0 and "12.34 %" in out
+    assert ("the paper" in out) == (shown is not None) and (shown or "") in out
+
+
+@pytest.mark.parametrize(("argv", "folder"), [
+    ([], "resnet-20"), (["--depth", 56, "--plain"], "plain-56"), (["--shortcut", "C"], "resnet-C-20"),
+    (["--dataset", "synthetic", "--seed", 2], "resnet-20-synthetic-seed2")])
+def test_default_folder_names_the_run(argv, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(resnet, "load_data", lambda *_: small_data())
+    monkeypatch.setattr(resnet, "fit", lambda *_: 12.34)
+    run(capsys, *argv)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals on Windows")
+def test_live_line_on_a_terminal(tmp_path):
+    import pty
+    write_folder(tmp_path / "data", train=60)
+    leader, follower = pty.openpty()
+    command = [sys.executable, PROGRAM, "--dataset", "folder", "--data-dir", tmp_path / "data", "--depth", "8",
+               "--iterations", "60", "--eval-every", "60", "--batch-size", "64", "--output-dir", tmp_path / "run"]
+    process = subprocess.Popen(command, stdout=follower, stderr=follower)
+    output = b""
+    os.close(follower)
+    while True:
+        try:
+            chunk = os.read(leader, 4096)
+        except OSError:  # how Linux says that the other end is closed
+            break
+        if not chunk:
+            break
+        output += chunk
+    assert process.wait() == 0
+    assert b"\r\033[K" in output and b" left" in output
+
+
+def test_imports_at_the_top_are_torch_torchvision_and_the_standard_library():
+    for node in ast.parse(PROGRAM.read_text(encoding="utf-8")).body:
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+            [node.module] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            top = name.split(".")[0]
+            assert top in {"torch", "torchvision"} or top in sys.stdlib_module_names, name
