@@ -7,8 +7,8 @@
     python resnet.py --dataset synthetic --iterations 200    # no download, no GPU: about a minute
     python resnet.py --help
 
-Parts 1 to 4 are the paper, in its order; a reader can stop there. Parts 5 and 6 are the program around it.
-Sections, equations, tables and figures are those of arXiv:1512.03385. "Choice:" marks what the paper leaves open.
+Parts 1 to 4 are the paper; a reader can stop there. Parts 5 to 7 are the program around it. Sections, equations,
+tables and figures are those of arXiv:1512.03385, in quotes are its words. "Choice:" marks what it leaves open.
 """
 import argparse
 import csv
@@ -27,9 +27,8 @@ from typing import NamedTuple
 import torch
 import torchvision
 from torch import nn
-from torch.nn import functional as F
 
-# ----- 1. The residual block (sections 3.1 to 3.3). Copy the three classes as one piece: they need torch alone. -----
+# ----- 1. The residual block (sections 3.1 to 3.4). To copy it, take the three classes and the two lines above. -----
 
 
 class IdentityShortcut(nn.Module):
@@ -50,12 +49,12 @@ class IdentityShortcut(nn.Module):
         if self.stride > 1:
             x = x[:, :, :: self.stride, :: self.stride]
         if any(self.zeros):
-            x = F.pad(x, (0, 0, 0, 0, *self.zeros))
+            x = nn.functional.pad(x, (0, 0, 0, 0, *self.zeros))  # from the last dimension back: W, H, channels
         return x
 
 
 class ProjectionShortcut(nn.Module):
-    """W_s x of Eqn. 2: a 1x1 convolution and, as after every convolution, BN. Section 3.3, option B.
+    """W_s x of Eqn. 2: a 1x1 convolution and BN, which section 3.4 puts "right after each convolution".
 
     (N, C_in, H, W) -> (N, C_out, ceil(H / stride), ceil(W / stride)).
     """
@@ -70,25 +69,25 @@ class ProjectionShortcut(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """y = relu(F(x) + shortcut(x)), where F is conv-BN-relu-conv-BN. Eqn. 1 and 2, Fig. 2.
+    """relu(y) with y = F(x) + x (Eqn. 1) or F(x) + W_s x (Eqn. 2); F is conv-BN-relu-conv-BN (Fig. 2, section 3.4).
 
     (N, C_in, H, W) -> (N, C_out, ceil(H / stride), ceil(W / stride)).
-    shortcut is an option of section 4.1: "A", identity everywhere; "B", projection where the dimensions grow and
-    identity elsewhere; "C", projection everywhere. None leaves it out: the plain block, y = relu(F(x)).
+    shortcut is an option of section 4.1: "A", identity everywhere; "B", projection where the dimensions change and
+    identity elsewhere; "C", projection everywhere. None leaves it out: the plain block, relu(F(x)).
     Raises ValueError for any other.
     """
 
     def __init__(self, in_channels, out_channels, stride=1, shortcut="A"):
         super().__init__()
-        # No biases: the BN that follows each convolution has a shift of its own.
+        # No biases: the BN that follows has a shift. Choice: BN averages with PyTorch's momentum, 0.1, and epsilon.
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        grows = stride > 1 or in_channels != out_channels
+        changes = stride > 1 or in_channels != out_channels
         if shortcut is None:
             self.shortcut = None
-        elif shortcut == "C" or (shortcut == "B" and grows):
+        elif shortcut == "C" or (shortcut == "B" and changes):
             self.shortcut = ProjectionShortcut(in_channels, out_channels, stride)
         elif shortcut in ("A", "B"):
             self.shortcut = IdentityShortcut(in_channels, out_channels, stride)
@@ -96,18 +95,18 @@ class ResidualBlock(nn.Module):
             raise ValueError(f'shortcut must be "A", "B", "C" or None, not {shortcut!r}')
 
     def forward(self, x):  # (N, C_in, H, W)
-        y = F.relu(self.bn1(self.conv1(x)))  # (N, C_out, H / stride, W / stride)
+        y = torch.relu(self.bn1(self.conv1(x)))  # (N, C_out, H / stride, W / stride)
         y = self.bn2(self.conv2(y))  # F(x)
         if self.shortcut is not None:
-            y = y + self.shortcut(x)
-        return F.relu(y)  # "the second nonlinearity after the addition"
+            y = y + self.shortcut(x)  # Eqn. 1 or 2
+        return torch.relu(y)  # "the second nonlinearity after the addition"
 
 
 # ----- 2. The CIFAR nets (section 4.2) ------------------------------------------------------------------------------
 
 
 def blocks_per_stage(depth):
-    """The n of depth = 6n + 2. Raises ValueError, naming the nearest two depths there are, if n is not 1, 2, ..."""
+    """The n of depth = 6n + 2. Raises ValueError, which names the nearest two depths, if there is no such n."""
     n = max(1, (depth - 2) // 6)
     if depth != 6 * n + 2:
         raise ValueError(f"depth must be 6n + 2, such as 20, 32, 44, 56, 110 or 1202, not {depth}: "
@@ -116,15 +115,17 @@ def blocks_per_stage(depth):
 
 
 class ResNet(nn.Module):
-    """The net of 6n + 2 layers of section 4.2: (N, 3, 32, 32) -> (N, num_classes), the input of the softmax.
+    """The net of 6n + 2 layers of section 4.2: (N, 3, 32, 32) -> logits (N, num_classes); the loss has the softmax.
 
-    Counted as layers are the first convolution, 6n convolutions in 3n blocks, and the fully connected layer. Neither
-    BN nor the projections of options B and C count. plain leaves out all shortcuts; shortcut is as in ResidualBlock.
+    The layers counted are the first convolution, 6n convolutions in 3n blocks, and the fully connected layer; BN and
+    the projections of options B and C are not. plain leaves out all shortcuts; shortcut is as in ResidualBlock.
+    Raises ValueError for a depth or shortcut that there is not.
     """
 
     def __init__(self, depth, plain=False, shortcut="A", num_classes=10):
         super().__init__()
-        n, option = blocks_per_stage(depth), None if plain else shortcut
+        n = blocks_per_stage(depth)
+        option = None if plain else shortcut
 
         def stage(in_channels, out_channels, stride):  # n blocks, 2n layers
             blocks = [ResidualBlock(in_channels, out_channels, stride, option)]
@@ -140,11 +141,12 @@ class ResNet(nn.Module):
 
         for module in self.modules():  # He initialisation: "Delving Deep into Rectifiers", Eqn. 10
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(module.weight)  # Choice: fan-in, and the fully connected layer too
+                # Variance 2 / fan_in. Choice: fan-in, and the fully connected layer like the others.
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x):  # (N, 3, 32, 32)
-        x = F.relu(self.bn1(self.conv1(x)))  # (N, 16, 32, 32)
+        x = torch.relu(self.bn1(self.conv1(x)))  # (N, 16, 32, 32)
         x = self.stage1(x)  # (N, 16, 32, 32)
         x = self.stage2(x)  # (N, 32, 16, 16)
         x = self.stage3(x)  # (N, 64, 8, 8)
@@ -155,12 +157,11 @@ class ResNet(nn.Module):
 # ----- 3. The data (section 4.2) ------------------------------------------------------------------------------------
 
 
-class UserError(Exception):
-    """Something that the user can mend; the program shows its one line and ends."""
-
-
 class Data(NamedTuple):
-    """Images are uint8 (N, 3, 32, 32), labels int64 (N,), the per-pixel mean float (3, 32, 32); all on one device."""
+    """Images are uint8 (N, 3, 32, 32) and labels int64 (N,), all on one device; classes are the labels' names.
+
+    mean is the per-pixel mean of the training images / 255, float (3, 32, 32).
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -176,31 +177,35 @@ def normalise(images, mean):
 
 
 def augment(images, dy, dx, flip):
-    """Pad 4 pixels on each side, take the 32x32 crop at (dy, dx), mirror it where flip is 1; dy and dx are 0 to 8.
+    """The 32x32 crop at row dy, column dx of each image padded by 4 pixels on each side, mirrored where flip is 1.
 
-    (N, 3, 32, 32) and three times (N,) -> (N, 3, 32, 32).
+    images (N, 3, 32, 32); dy, dx int64 (N,), 0 to 8; flip int64 (N,), 0 or 1 -> (N, 3, 32, 32).
     """
-    padded = F.pad(images, (4, 4, 4, 4))  # (N, 3, 40, 40). Choice: padded after normalise(), so 0 is the mean image
+    # Choice: padded after normalise(), so that the padding, 0, is the mean image.
+    padded = nn.functional.pad(images, (4, 4, 4, 4))  # (N, 3, 40, 40)
     line = torch.arange(32, device=images.device)
     rows = dy[:, None] + line  # (N, 32)
     columns = dx[:, None] + torch.where(flip[:, None] == 1, line.flip(0), line)  # (N, 32)
-    which = torch.arange(len(images), device=images.device)[:, None, None]  # (N, 1, 1)
-    return padded[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    image = torch.arange(len(images), device=images.device)[:, None, None, None]  # (N, 1, 1, 1)
+    channel = torch.arange(3, device=images.device)[:, None, None]  # (3, 1, 1)
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
 def draw_epoch(count, seed, epoch):
-    """Every image once, in random order, each with a random crop and flip: int64 (4, count), index, dy, dx, flip.
+    """Every image once, in random order, with a random crop and flip: int64 (4, count), rows index, dy, dx, flip.
 
-    It depends on the arguments alone, so that any part of any run can be drawn again.
+    It depends on the arguments alone, not on what was drawn before.
     """
-    # A generator on the CPU heeds 32 bits of its seed: mix seed and epoch into those.
+    # A generator uses 32 bits of its seed and no more: mix seed and epoch into those.
     g = torch.Generator().manual_seed(random.Random(f"{seed} {epoch}").getrandbits(32))
+    index = torch.randperm(count, generator=g)
     dy, dx = torch.randint(9, (2, count), generator=g)
-    return torch.stack([torch.randperm(count, generator=g), dy, dx, torch.randint(2, (count,), generator=g)])
+    flip = torch.randint(2, (count,), generator=g)
+    return torch.stack([index, dy, dx, flip])
 
 
 def batches(count, batch_size, seed, device):
-    """For ever yield (4, batch_size) of the epochs' draws. Choice: batches run across epochs, no image is dropped."""
+    """Yield draws, (4, batch_size), without end. Choice: a batch may span two epochs, so that no image is dropped."""
     epoch, draws = 0, draw_epoch(count, seed, 0).to(device)
     while True:
         while draws.shape[1] < batch_size:
@@ -210,16 +215,78 @@ def batches(count, batch_size, seed, device):
         draws = draws[:, batch_size:]
 
 
+# ----- 4. The recipe (section 4.2) ----------------------------------------------------------------------------------
+
+
+def learning_rate(iteration, iterations, base=0.1, warm=False):
+    """base, divided by 10 at 1/2 and again at 3/4 of the iterations: at 32k and 48k of 64k. iteration counts from 0.
+
+    warm: in the warm-up that section 4.2 gives to 110 layers, the rate is at most base / 10.
+    """
+    drops = (2 * iteration >= iterations) + (4 * iteration >= 3 * iterations)
+    return base / 10 ** max(drops, int(warm))
+
+
+def train(net, data, args):
+    """Train net on data; after each iteration yield (iterations done, rate, loss, wrong answers in the batch).
+
+    args has iterations, batch_size, lr, momentum, weight_decay, warmup and seed, as in --help. Loss and wrong answers
+    are tensors of one number on the device: whoever reads them waits for it.
+    """
+    # Choice: weight decay on all parameters, those of BN too; momentum as PyTorch defines it.
+    optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+    draws = batches(len(data.images), args.batch_size, args.seed, data.images.device)
+    warm, recent_wrong = args.warmup, 0
+    net.train()
+    for iteration in range(args.iterations):
+        rate = learning_rate(iteration, args.iterations, args.lr, warm)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+        index, dy, dx, flip = next(draws)
+        images = augment(normalise(data.images[index], data.mean), dy, dx, flip)
+        labels = data.labels[index]
+        logits = net(images)
+        loss = nn.functional.cross_entropy(logits, labels)  # with the softmax
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        wrong = (logits.argmax(dim=1) != labels).sum()
+        if warm:
+            recent_wrong += wrong
+            if (iteration + 1) % 100 == 0:  # Choice: the training error is that of each 100 iterations
+                warm, recent_wrong = bool(recent_wrong >= 0.8 * 100 * args.batch_size), 0
+        yield iteration + 1, rate, loss.detach(), wrong
+
+
+@torch.no_grad()
+def evaluate(net, images, labels, mean):
+    """The error of net in percent on "the single view of the original 32x32 image". Leaves net in training mode."""
+    net.eval()
+    parts = zip(images.split(500), labels.split(500), strict=True)
+    wrong = sum((net(normalise(x, mean)).argmax(dim=1) != y).sum() for x, y in parts)
+    net.train()
+    return 100 * wrong.item() / len(labels)
+
+
+# ----- 5. Where the images come from ----------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """What the user can mend: main() shows its one line and ends with status 2."""
+
+
 def read_cifar(name, root):
-    """CIFAR-10 or CIFAR-100 from root, where it is downloaded to once; torchvision checks every file's MD5."""
+    """CIFAR-10 or CIFAR-100 in root, downloaded on the first use; torchvision checks the MD5 of every file."""
     source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
     try:
-        train, test = (source(root, train=part, download=True) for part in (True, False))
+        train, test = source(root, train=True, download=True), source(root, train=False, download=True)
     except Exception as error:  # of the network, the disk, the archive or the pickles in it
-        raise UserError(f"{name} can not be downloaded or read ({error}): put {source.url} into the folder {root} and "
+        raise UserError(f"{name} cannot be downloaded or read ({error}): put {source.url} into the folder {root} and "
                         "run again; --dataset synthetic needs no download") from error
-    parts = [(torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets)) for part in (train, test)]
-    return *parts[0], *parts[1], train.classes
+    images, test_images = (torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in (train, test))
+    return images, torch.tensor(train.targets), test_images, torch.tensor(test.targets), train.classes
 
 
 def read_folder(root):
@@ -232,7 +299,7 @@ def read_folder(root):
                 if found == "32x32 RGB":  # no conversion: it could drop an alpha channel, or 8 of 16 bits, unseen
                     return torchvision.transforms.functional.pil_to_tensor(image)
         except Exception as error:  # a decoder may raise anything
-            raise UserError(f"{path} can not be read as an image: mend or remove it ({error})") from error
+            raise UserError(f"{path} cannot be read as an image: mend or remove it ({error})") from error
         raise UserError(f"{path} is {found}: convert every image to 32x32 RGB")
 
     try:
@@ -266,7 +333,10 @@ def make_synthetic():
 
 
 def load_data(name, root, val, device):
-    """The Data called name. With val, 5,000 training images take the place of the test set: the 45k/5k split."""
+    """The Data called name. With val, 5,000 training images take the place of the test set: the 45k/5k split.
+
+    Raises UserError if the data is missing, unreadable or too small.
+    """
     if name == "folder":
         found = read_folder(root)
     else:
@@ -277,83 +347,27 @@ def load_data(name, root, val, device):
             raise UserError(f"--val holds out 5,000 training images, but there are only {len(images):,}")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # one split, whatever --seed
         (test_images, images), (test_labels, labels) = ((t[order[:5000]], t[order[5000:]]) for t in (images, labels))
-    mean = images.sum(dim=0, dtype=torch.int64) / (255 * len(images))  # (3, 32, 32)
+    mean = images.sum(dim=0, dtype=torch.int64) / (255 * len(images))  # (3, 32, 32), summed exactly
     return Data(*(t.to(device) for t in (images, labels, test_images, test_labels, mean)), classes)
 
 
-# ----- 4. The recipe (section 4.2) ----------------------------------------------------------------------------------
+# ----- 6. A run and its folder: run.json says how to repeat it, log.csv has its rows, model.pt its net --------------
+
+# Table 6: the test error, with option A.
+PAPER = {20: "8.75 %", 32: "7.51 %", 44: "7.17 %", 56: "6.97 %", 1202: "7.93 %",
+         110: "6.43 %, the best of five runs, and 6.61 +/- 0.16 % their mean"}
 
 
-def learning_rate(iteration, iterations, base=0.1, warm=False):
-    """base, divided by 10 at 1/2 and again at 3/4 of the iterations: at 32k and 48k of 64k. iteration counts from 0.
-
-    While warm, as deep nets are at first, at most base / 10.
-    """
-    drops = (2 * iteration >= iterations) + (4 * iteration >= 3 * iterations)
-    return base / 10 ** max(drops, warm)
-
-
-def train(net, data, args):
-    """Train net on data. After each iteration yield (iterations done, rate, loss, wrong answers in the batch).
-
-    Loss and wrong answers are tensors of one number, still on the device: whoever reads them waits for it.
-    """
-    # Choice: weight decay on all parameters, also those of BN; momentum as PyTorch defines it.
-    optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
-    draws = batches(len(data.images), args.batch_size, args.seed, data.images.device)
-    warm, recent_wrong = args.warmup, 0
-    net.train()
-    for iteration in range(args.iterations):
-        rate = learning_rate(iteration, args.iterations, args.lr, warm)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-
-        index, dy, dx, flip = next(draws)
-        images = augment(normalise(data.images[index], data.mean), dy, dx, flip)
-        labels = data.labels[index]
-        logits = net(images)
-        loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-        wrong = (logits.argmax(dim=1) != labels).sum()
-        if warm:
-            recent_wrong = recent_wrong + wrong
-            if (iteration + 1) % 100 == 0:  # Choice: the training error of the last 100 iterations, each 100
-                warm, recent_wrong = bool(recent_wrong >= 0.8 * 100 * args.batch_size), 0
-        yield iteration + 1, rate, loss.detach(), wrong
-
-
-@torch.no_grad()
-def evaluate(net, images, labels, mean):
-    """The error of net in percent, with "the single view of the original 32x32 image"."""
-    net.eval()
-    batches_of_500 = zip(images.split(500), labels.split(500))
-    wrong = sum((net(normalise(x, mean)).argmax(dim=1) != y).sum() for x, y in batches_of_500)
-    net.train()
-    return 100 * wrong.item() / len(labels)
-
-
-# ----- 5. A run and its folder: run.json says how to repeat it, log.csv has its rows, model.pt its net --------------
-
-# Table 6: test error in percent, with option A.
-PAPER = {20: "8.75", 32: "7.51", 44: "7.17", 56: "6.97", 110: "6.43, 6.61 +/- 0.16 over five runs", 1202: "7.93"}
-
-
-def save(path, **content):
-    """Write beside path, then move: path never holds half a file."""
-    torch.save(content, f"{path}.new")
-    os.replace(f"{path}.new", path)
+SAVED = ("net", "iteration", "model", "mean", "classes")  # the keys of model.pt
 
 
 def load(path):
-    """What save() wrote: tensors and plain values, never code."""
+    """The values of SAVED in the file that fit() wrote. Raises UserError if it is not there or is another."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings():  # torch.load() warns of some foreign files: the error is enough
             warnings.simplefilter("ignore")
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: saved[key] for key in ("net", "model", "mean", "classes", "iteration", "args")}
+            saved = torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain values, never code
+        return [saved[key] for key in SAVED]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: train the net first, or name its folder by --output-dir") from None
     except Exception as error:  # the file may hold anything
@@ -361,9 +375,8 @@ def load(path):
 
 
 def fit(net, title, data, args, folder):
-    """Train net; at each evaluation print and log a row, and save the net. Returns the last error in percent."""
+    """Train net; at each evaluation print and log a row and save the net. Returns the last error in percent."""
     live, test = sys.stdout.isatty(), "val" if args.val else "test"
-    recipe = {key: value for key, value in vars(args).items() if key not in ("device", "output_dir", "test_only")}
 
     def show(line, end="\n"):
         print(f"\r\033[K{line}" if live else line, end=end, flush=True)
@@ -372,36 +385,39 @@ def fit(net, title, data, args, folder):
         log = csv.writer(file)
         log.writerow(["iteration", "rate", "train_loss", "train_error", f"{test}_error", "images_per_s", "seconds"])
         show(f"iteration     rate  train loss  train error  {test:>4} error  images/s   elapsed")
-        loss_sum = wrong_sum = count = 0
+        loss_sum = wrong_sum = steps = 0  # since the last row
         start = row_end = shown = time.monotonic()
         for iteration, rate, loss, wrong in train(net, data, args):
-            loss_sum, wrong_sum, count = loss_sum + loss, wrong_sum + wrong, count + args.batch_size
+            loss_sum, wrong_sum, steps = loss_sum + loss, wrong_sum + wrong, steps + 1
             due = iteration % args.eval_every == 0 or iteration == args.iterations
             if not due and time.monotonic() - shown < (1 if live else 30):
-                continue
-            train_loss, train_error = loss_sum.item() * args.batch_size / count, 100 * wrong_sum.item() / count
+                continue  # without reading the sums: that would wait for the device
+            train_loss, train_error = loss_sum.item() / steps, 100 * wrong_sum.item() / (steps * args.batch_size)
             if not math.isfinite(train_loss):
                 show("", end="")
-                sys.exit(f"resnet.py: stopped: the loss is {train_loss} by iteration {iteration:,}; try a lower --lr")
+                sys.exit(f"resnet.py: stopped: the loss is {train_loss} by iteration {iteration:,}: try a lower --lr, "
+                         "and another --output-dir")
             shown = time.monotonic()
-            speed = count / (shown - row_end)  # since the last row, so without evaluations
+            speed = steps * args.batch_size / (shown - row_end)  # of training, without evaluations
             line = f"{iteration:>9,}  {rate:>7g}  {train_loss:>10.4f}  {train_error:>9.2f} %"
             if not due:
                 left = timedelta(seconds=round((args.iterations - iteration) * args.batch_size / speed))
-                show(f"{line}  {'':10}  {speed:>8,.0f}  {left} left", end="" if live else "\n")
+                show(f"{line}{speed:>22,.0f}  {left} left", end="" if live else "\n")
                 continue
             test_error = evaluate(net, data.test_images, data.test_labels, data.mean)
             row_end = shown = time.monotonic()
-            show(f"{line}  {test_error:>8.2f} %  {speed:>8,.0f}  {timedelta(seconds=round(row_end - start))!s:>8}")
-            log.writerow([iteration, rate, train_loss, train_error, test_error, round(speed, 1), round(row_end - start, 1)])
+            seconds = round(row_end - start)
+            show(f"{line}  {test_error:>8.2f} %  {speed:>8,.0f}  {timedelta(seconds=seconds)!s:>8}")
+            log.writerow([iteration, rate, train_loss, train_error, test_error, round(speed), seconds])
             file.flush()
-            save(folder / "model.pt", net=title, model=net.state_dict(), mean=data.mean, classes=data.classes,
-                 iteration=iteration, args=recipe)
-            loss_sum = wrong_sum = count = 0
+            saved = title, iteration, net.state_dict(), data.mean, data.classes
+            torch.save(dict(zip(SAVED, saved, strict=True)), folder / "model.pt.new")
+            os.replace(folder / "model.pt.new", folder / "model.pt")  # so that model.pt is never half a file
+            loss_sum = wrong_sum = steps = 0
     return test_error
 
 
-# ----- 6. The command line ------------------------------------------------------------------------------------------
+# ----- 7. The command line ------------------------------------------------------------------------------------------
 
 
 def number(kind, low, high=math.inf):
@@ -411,69 +427,74 @@ def number(kind, low, high=math.inf):
             raise argparse.ArgumentTypeError(f"{text} is out of range: {low} <= {kind.__name__} < {high}")
         return kind(text)
 
-    parse.__name__ = kind.__name__
+    parse.__name__ = kind.__name__  # for argparse's own message, "invalid int value"
     return parse
 
 
 def make_parser():
+    """The argparse parser; its errors are one line, without the usage."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, without the usage
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {' '.join(message.split())}\n")
+
+    def add(group, flag, text, default=None, **kwargs):
+        text += "" if default is None or default is False else f" (default: {default})"
+        group.add_argument(flag, help=text, default=default, **kwargs)
+
     group = parser.add_argument_group("net")
-    group.add_argument("--depth", type=int, default=20, help="6n + 2: 20, 32, 44, 56, 110, 1202, ... (default: %(default)s)")
+    add(group, "--depth", "6n + 2: 20, 32, 44, 56, 110, 1202, ...", 20, type=int, metavar="N")
     group = group.add_mutually_exclusive_group()
-    group.add_argument("--plain", action="store_true", help="leave out the shortcuts")
-    group.add_argument("--shortcut", choices=["A", "B", "C"], default="A", help="option of section 4.1 (default: %(default)s)")
+    add(group, "--plain", "leave out the shortcuts", False, action="store_true")
+    add(group, "--shortcut", "option of section 4.1", "A", choices=["A", "B", "C"])
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=["cifar10", "cifar100", "folder", "synthetic"], default="cifar10",
-                       help="folder: 32x32 RGB images in DIR/train/CLASS/ and DIR/test/CLASS/; synthetic: made in "
-                            "memory (default: %(default)s)")
-    group.add_argument("--data-dir", metavar="DIR", default="data", help="where the data is, or goes (default: %(default)s)")
-    group.add_argument("--val", action="store_true", help="hold out 5,000 training images and test on them instead")
-    group = parser.add_argument_group("recipe", "The paper's, if no other is asked for.")
-    group.add_argument("--iterations", type=number(int, 1), default=64000, metavar="N",
-                       help="the learning rate drops at 1/2 and at 3/4 of them (default: %(default)s)")
-    group.add_argument("--batch-size", type=number(int, 1), default=128, metavar="N", help="default: %(default)s")
-    group.add_argument("--lr", type=number(float, 0), default=0.1, metavar="X", help="learning rate (default: %(default)s)")
-    group.add_argument("--momentum", type=number(float, 0, 1), default=0.9, metavar="X", help="default: %(default)s")
-    group.add_argument("--weight-decay", type=number(float, 0), default=1e-4, metavar="X", help="default: %(default)s")
-    group.add_argument("--warmup", action=argparse.BooleanOptionalAction,
-                       help="a tenth of the rate until the training error is below 80%% (default: from 110 layers on)")
-    group.add_argument("--seed", type=number(int, 0, 2**32), default=0, metavar="N", help="default: %(default)s")
+    add(group, "--dataset", "folder: 32x32 RGB images in DIR/train/CLASS/ and DIR/test/CLASS/; synthetic: no files",
+        "cifar10", choices=["cifar10", "cifar100", "folder", "synthetic"])
+    add(group, "--data-dir", "where the data is, or is downloaded to", "data", metavar="DIR")
+    add(group, "--val", "hold out 5,000 training images and test on them instead", False, action="store_true")
+    group = parser.add_argument_group("recipe", "The paper's, if nothing else is asked for.")
+    add(group, "--iterations", "the rate drops at 1/2 and at 3/4 of them", 64000, type=number(int, 1), metavar="N")
+    add(group, "--batch-size", "images an iteration", 128, type=number(int, 1), metavar="N")
+    add(group, "--lr", "learning rate", 0.1, type=number(float, 0), metavar="X")
+    add(group, "--momentum", "of SGD", 0.9, type=number(float, 0, 1), metavar="X")
+    add(group, "--weight-decay", "of all parameters", 1e-4, type=number(float, 0), metavar="X")
+    add(group, "--warmup", "a tenth of the rate until the training error is below 80%% (default: from 110 layers on)",
+        action=argparse.BooleanOptionalAction)  # Choice: 1202 layers warm up as 110 do
+    add(group, "--seed", "of weights, order and augmentation", 0, type=number(int, 0, 2**32), metavar="N")
     group = parser.add_argument_group("run")
-    group.add_argument("--device", help="cuda, cuda:N, mps or cpu (default: the first of them there is)")
-    group.add_argument("--output-dir", metavar="DIR", help="the run's folder (default: runs/resnet-56, runs/plain-56, ...)")
-    group.add_argument("--eval-every", type=number(int, 1), metavar="N",
-                       help="iterations from row to row (default: a tenth of all, at most 500)")
-    group.add_argument("--test-only", action="store_true", help="evaluate the net that is saved in the run's folder")
+    add(group, "--device", "cuda, cuda:N, mps or cpu (default: the first of them there is)")
+    add(group, "--output-dir", "the run's folder (default: runs/resnet-56, runs/plain-56, ...)", metavar="DIR")
+    add(group, "--eval-every", "iterations from row to row (default: a tenth of all, at most 500)",
+        type=number(int, 1), metavar="N")
+    add(group, "--test-only", "evaluate the net that is saved in the run's folder", False, action="store_true")
     return parser
 
 
 def pick_device(name):
-    """The device of this name, or the best there is. A tensor is put on it, so that what can not work fails here."""
+    """The torch.device of this name, or the best there is. Raises UserError if a tensor cannot be put on it."""
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         if name.split(":")[0] not in ("cuda", "mps", "cpu"):
             raise ValueError("choose cuda, cuda:N, mps or cpu")
         return torch.zeros(1, device=name).device
     except Exception as error:
-        raise UserError(f"--device {name} can not be used: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def run(parser, argv):
-    """Train, or with --test-only evaluate, as argv asks."""
+    """Train, or with --test-only evaluate, as argv asks. Raises UserError for what the user can mend."""
     args = parser.parse_args(argv)
     try:
         blocks_per_stage(args.depth)
     except ValueError as error:
         raise UserError(f"argument --depth: {error}") from None
-    kind = "plain" if args.plain else "resnet" if args.shortcut == "A" else f"resnet-{args.shortcut}"
-    parts = kind, args.depth, args.dataset if args.dataset != "cifar10" else "", args.seed and f"seed{args.seed}"
-    folder = Path(args.output_dir or "runs/" + "-".join(str(part) for part in parts if part))
+    name = "plain" if args.plain else "resnet" if args.shortcut == "A" else f"resnet-{args.shortcut}"
+    name += f"-{args.depth}"
+    name += "" if args.dataset == "cifar10" else f"-{args.dataset}"
+    name += "-val" if args.val else ""
+    name += f"-seed{args.seed}" if args.seed else ""
+    folder = Path(args.output_dir or f"runs/{name}")
     path = folder / "model.pt"
     if args.test_only:
-        saved = load(path)
-        parser.set_defaults(**saved["args"])  # the net and the data are the run's, unless argv names others
-        args = parser.parse_args(argv)
+        saved_title, iteration, weights, mean, classes = load(path)
     elif path.exists() or (folder / "log.csv").exists():
         raise UserError(f"{folder} already holds a run: name another folder by --output-dir, or remove this one")
     args.warmup = args.depth >= 110 if args.warmup is None else args.warmup
@@ -483,8 +504,11 @@ def run(parser, argv):
     data = load_data(args.dataset, args.data_dir, args.val, device)
     torch.manual_seed(args.seed)
     net = ResNet(args.depth, args.plain, args.shortcut, len(data.classes))
-    net = net.to(device, memory_format=torch.channels_last)  # the layout that convolutions are fastest in
+    net = net.to(device, memory_format=torch.channels_last)  # the faster layout of convolutions
     title = f"plain-{args.depth}" if args.plain else f"ResNet-{args.depth}, option {args.shortcut}"
+    if args.test_only and (saved_title, classes) != (title, data.classes):
+        raise UserError(f"{path} holds {saved_title} for {len(classes)} classes, but asked for is {title} for the "
+                        f"{len(data.classes)} classes of {args.dataset}: repeat the arguments of its training")
     test = "validation" if args.val else "test"
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     versions = [f"{m.__name__} {m.__version__}" for m in (torch, torchvision)] + [f"Python {platform.python_version()}"]
@@ -492,37 +516,34 @@ def run(parser, argv):
           f"net     {title}, {sum(p.numel() for p in net.parameters()):,} parameters\n"
           f"data    {args.dataset}, {len(data.images):,} training and {len(data.test_images):,} {test} images, "
           f"{len(data.classes)} classes", flush=True)
-
     if args.test_only:
-        if (saved["net"], saved["classes"]) != (title, data.classes):
-            raise UserError(f"{path} holds {saved['net']} for the classes {', '.join(saved['classes'])}: "
-                            f"not {title} for {', '.join(data.classes)}")
-        net.load_state_dict(saved["model"])
-        error = evaluate(net, data.test_images, data.test_labels, saved["mean"].to(device))
-        print(f"{title}, after {saved['iteration']:,} iterations: {test} error {error:.2f} %")
+        net.load_state_dict(weights)
+        error = evaluate(net, data.test_images, data.test_labels, mean.to(device))
+        print(f"{title}, after {iteration:,} iterations: {test} error {error:.2f} %")
         return
 
-    print(f"recipe  {args.iterations:,} iterations of {args.batch_size}, SGD, rate {args.lr:g}, momentum {args.momentum:g}"
-          f", weight decay {args.weight_decay:g}, warm-up {'on' if args.warmup else 'off'}, seed {args.seed}\n"
-          f"output  {folder}", flush=True)
+    print(f"recipe  {args.iterations:,} iterations of {args.batch_size}, SGD, rate {args.lr:g}, "
+          f"momentum {args.momentum:g}, weight decay {args.weight_decay:g}, warm-up {'on' if args.warmup else 'off'}, "
+          f"seed {args.seed}\noutput  {folder}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     repeat = {"arguments": vars(args), "versions": versions, "device": str(device), "hardware": hardware}
     (folder / "run.json").write_text(json.dumps(repeat, indent=2) + "\n")
     error = fit(net, title, data, args, folder)
     asked = ("plain", "shortcut", "dataset", "val", "iterations", "batch_size", "lr", "momentum", "weight_decay")
-    as_paper = all(getattr(args, k) == parser.get_default(k) for k in asked) and args.warmup == (args.depth >= 110)
-    paper = f" (the paper: {PAPER[args.depth]} %)" if as_paper and args.depth in PAPER else ""
+    as_paper = all(vars(args)[k] == parser.get_default(k) for k in asked) and args.warmup == (args.depth >= 110)
+    paper = f" (the paper: {PAPER[args.depth]})" if as_paper and args.depth in PAPER else ""
     print(f"{title}: {test} error {error:.2f} % after the last iteration{paper}; the net is in {path}")
 
 
 def main(argv=None):
+    """The program. Exits with status 2 and one line for bad input, 130 for Ctrl-C."""
     parser = make_parser()
     try:
         run(parser, argv)
     except UserError as error:
         parser.error(str(error))
     except OSError as error:
-        parser.error(f"{error}: --output-dir and --data-dir name other folders")
+        parser.error(f"{error} (--output-dir and --data-dir choose the folders)")
     except KeyboardInterrupt:
         sys.exit(130)
 
