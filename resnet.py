@@ -28,7 +28,7 @@ import torch
 import torchvision
 from torch import nn
 
-# ----- 1. The residual block (sections 3.1 to 3.4). To copy it, take the three classes and the two lines above. -----
+# ----- 1. The residual block (sections 3.1 to 3.4). To copy: the three classes, which need torch and nn alone ------
 
 
 class IdentityShortcut(nn.Module):
@@ -102,7 +102,7 @@ class ResidualBlock(nn.Module):
         return torch.relu(y)  # "the second nonlinearity after the addition"
 
 
-# ----- 2. The CIFAR nets (section 4.2) ------------------------------------------------------------------------------
+# ----- 2. The CIFAR nets (section 4.2) ----------------------------------------------------------------------------
 
 
 def blocks_per_stage(depth):
@@ -154,7 +154,7 @@ class ResNet(nn.Module):
         return self.fc(x)  # (N, num_classes)
 
 
-# ----- 3. The data (section 4.2) ------------------------------------------------------------------------------------
+# ----- 3. The data (section 4.2) ----------------------------------------------------------------------------------
 
 
 class Data(NamedTuple):
@@ -215,7 +215,7 @@ def batches(count, batch_size, seed, device):
         draws = draws[:, batch_size:]
 
 
-# ----- 4. The recipe (section 4.2) ----------------------------------------------------------------------------------
+# ----- 4. The recipe (section 4.2) --------------------------------------------------------------------------------
 
 
 def learning_rate(iteration, iterations, base=0.1, warm=False):
@@ -270,7 +270,7 @@ def evaluate(net, images, labels, mean):
     return 100 * wrong.item() / len(labels)
 
 
-# ----- 5. Where the images come from ----------------------------------------------------------------------------------
+# ----- 5. Where the images come from ------------------------------------------------------------------------------
 
 
 class UserError(Exception):
@@ -296,7 +296,7 @@ def read_folder(root):
         try:
             with Image.open(path) as image:
                 found = f"{image.width}x{image.height} {image.mode}"
-                if found == "32x32 RGB":  # no conversion: it could drop an alpha channel, or 8 of 16 bits, unseen
+                if found == "32x32 RGB":  # no conversion: it would hide that there is an alpha channel, say
                     return torchvision.transforms.functional.pil_to_tensor(image)
         except Exception as error:  # a decoder may raise anything
             raise UserError(f"{path} cannot be read as an image: mend or remove it ({error})") from error
@@ -351,27 +351,27 @@ def load_data(name, root, val, device):
     return Data(*(t.to(device) for t in (images, labels, test_images, test_labels, mean)), classes)
 
 
-# ----- 6. A run and its folder: run.json says how to repeat it, log.csv has its rows, model.pt its net --------------
+# ----- 6. A run and its folder: run.json says how to repeat it, log.csv has its rows, model.pt its net ------------
 
 # Table 6: the test error, with option A.
 PAPER = {20: "8.75 %", 32: "7.51 %", 44: "7.17 %", 56: "6.97 %", 1202: "7.93 %",
          110: "6.43 %, the best of five runs, and 6.61 +/- 0.16 % their mean"}
 
+def load(path, net, title, data):
+    """Put the weights that fit() saved into net. Returns the iterations they had and their data's mean image.
 
-SAVED = ("net", "iteration", "model", "mean", "classes")  # the keys of model.pt
-
-
-def load(path):
-    """The values of SAVED in the file that fit() wrote. Raises UserError if it is not there or is another."""
+    Raises UserError if the file is not one of fit(), or its net is not of this title or for these classes.
+    """
     try:
-        with warnings.catch_warnings():  # torch.load() warns of some foreign files: the error is enough
-            warnings.simplefilter("ignore")
-            saved = torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain values, never code
-        return [saved[key] for key in SAVED]
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: train the net first, or name its folder by --output-dir") from None
+        saved = dict(torch.load(path, map_location="cpu", weights_only=True))  # tensors and plain values, never code
+        found = f"{saved['net']} for {len(saved['classes'])} classes"
+        if (saved["net"], saved["classes"]) == (title, data.classes):
+            net.load_state_dict(saved["model"])
+            return int(saved["iteration"]), saved["mean"].to(data.mean).reshape(data.mean.shape)
     except Exception as error:  # the file may hold anything
         raise UserError(f"{path} is not a net that this program saved ({type(error).__name__})") from error
+    raise UserError(f"{path} holds {found}, but asked for is {title} for the {len(data.classes)} classes of this data: "
+                    "repeat the arguments of its training")
 
 
 def fit(net, title, data, args, folder):
@@ -386,18 +386,18 @@ def fit(net, title, data, args, folder):
         log.writerow(["iteration", "rate", "train_loss", "train_error", f"{test}_error", "images_per_s", "seconds"])
         show(f"iteration     rate  train loss  train error  {test:>4} error  images/s   elapsed")
         loss_sum = wrong_sum = steps = 0  # since the last row
-        start = row_end = shown = time.monotonic()
+        start = row_end = shown = time.perf_counter()
         for iteration, rate, loss, wrong in train(net, data, args):
             loss_sum, wrong_sum, steps = loss_sum + loss, wrong_sum + wrong, steps + 1
             due = iteration % args.eval_every == 0 or iteration == args.iterations
-            if not due and time.monotonic() - shown < (1 if live else 30):
+            if not due and time.perf_counter() - shown < (1 if live else 30):
                 continue  # without reading the sums: that would wait for the device
             train_loss, train_error = loss_sum.item() / steps, 100 * wrong_sum.item() / (steps * args.batch_size)
             if not math.isfinite(train_loss):
                 show("", end="")
                 sys.exit(f"resnet.py: stopped: the loss is {train_loss} by iteration {iteration:,}: try a lower --lr, "
                          "and another --output-dir")
-            shown = time.monotonic()
+            shown = time.perf_counter()
             speed = steps * args.batch_size / (shown - row_end)  # of training, without evaluations
             line = f"{iteration:>9,}  {rate:>7g}  {train_loss:>10.4f}  {train_error:>9.2f} %"
             if not due:
@@ -405,19 +405,20 @@ def fit(net, title, data, args, folder):
                 show(f"{line}{speed:>22,.0f}  {left} left", end="" if live else "\n")
                 continue
             test_error = evaluate(net, data.test_images, data.test_labels, data.mean)
-            row_end = shown = time.monotonic()
+            row_end = shown = time.perf_counter()
             seconds = round(row_end - start)
             show(f"{line}  {test_error:>8.2f} %  {speed:>8,.0f}  {timedelta(seconds=seconds)!s:>8}")
             log.writerow([iteration, rate, train_loss, train_error, test_error, round(speed), seconds])
             file.flush()
-            saved = title, iteration, net.state_dict(), data.mean, data.classes
-            torch.save(dict(zip(SAVED, saved, strict=True)), folder / "model.pt.new")
+            saved = {"net": title, "iteration": iteration, "model": net.state_dict(), "mean": data.mean,
+                     "classes": data.classes}
+            torch.save(saved, folder / "model.pt.new")
             os.replace(folder / "model.pt.new", folder / "model.pt")  # so that model.pt is never half a file
             loss_sum = wrong_sum = steps = 0
     return test_error
 
 
-# ----- 7. The command line ------------------------------------------------------------------------------------------
+# ----- 7. The command line ----------------------------------------------------------------------------------------
 
 
 def number(kind, low, high=math.inf):
@@ -493,9 +494,9 @@ def run(parser, argv):
     name += f"-seed{args.seed}" if args.seed else ""
     folder = Path(args.output_dir or f"runs/{name}")
     path = folder / "model.pt"
-    if args.test_only:
-        saved_title, iteration, weights, mean, classes = load(path)
-    elif path.exists() or (folder / "log.csv").exists():
+    if args.test_only and not path.exists():
+        raise UserError(f"{path} does not exist: train the net first, or name its folder by --output-dir")
+    if not args.test_only and any((folder / file).exists() for file in ("run.json", "log.csv", "model.pt")):
         raise UserError(f"{folder} already holds a run: name another folder by --output-dir, or remove this one")
     args.warmup = args.depth >= 110 if args.warmup is None else args.warmup
     args.eval_every = args.eval_every or min(500, math.ceil(args.iterations / 10))
@@ -506,9 +507,6 @@ def run(parser, argv):
     net = ResNet(args.depth, args.plain, args.shortcut, len(data.classes))
     net = net.to(device, memory_format=torch.channels_last)  # the faster layout of convolutions
     title = f"plain-{args.depth}" if args.plain else f"ResNet-{args.depth}, option {args.shortcut}"
-    if args.test_only and (saved_title, classes) != (title, data.classes):
-        raise UserError(f"{path} holds {saved_title} for {len(classes)} classes, but asked for is {title} for the "
-                        f"{len(data.classes)} classes of {args.dataset}: repeat the arguments of its training")
     test = "validation" if args.val else "test"
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     versions = [f"{m.__name__} {m.__version__}" for m in (torch, torchvision)] + [f"Python {platform.python_version()}"]
@@ -517,8 +515,8 @@ def run(parser, argv):
           f"data    {args.dataset}, {len(data.images):,} training and {len(data.test_images):,} {test} images, "
           f"{len(data.classes)} classes", flush=True)
     if args.test_only:
-        net.load_state_dict(weights)
-        error = evaluate(net, data.test_images, data.test_labels, mean.to(device))
+        iteration, mean = load(path, net, title, data)
+        error = evaluate(net, data.test_images, data.test_labels, mean)
         print(f"{title}, after {iteration:,} iterations: {test} error {error:.2f} %")
         return
 
@@ -527,7 +525,8 @@ def run(parser, argv):
           f"seed {args.seed}\noutput  {folder}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     repeat = {"arguments": vars(args), "versions": versions, "device": str(device), "hardware": hardware}
-    (folder / "run.json").write_text(json.dumps(repeat, indent=2) + "\n")
+    with open(folder / "run.json", "x") as file:
+        json.dump(repeat, file, indent=2)
     error = fit(net, title, data, args, folder)
     asked = ("plain", "shortcut", "dataset", "val", "iterations", "batch_size", "lr", "momentum", "weight_decay")
     as_paper = all(vars(args)[k] == parser.get_default(k) for k in asked) and args.warmup == (args.depth >= 110)
@@ -538,12 +537,17 @@ def run(parser, argv):
 def main(argv=None):
     """The program. Exits with status 2 and one line for bad input, 130 for Ctrl-C."""
     parser = make_parser()
+    warnings.filterwarnings("ignore", module="PIL|torch._weights_only")  # on bad files: the error below is enough
     try:
         run(parser, argv)
     except UserError as error:
         parser.error(str(error))
     except OSError as error:
         parser.error(f"{error} (--output-dir and --data-dir choose the folders)")
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        parser.error(f"{str(error).splitlines()[0]} (a smaller --batch-size or --depth needs less)")
     except KeyboardInterrupt:
         sys.exit(130)
 
