@@ -357,26 +357,27 @@ def load_data(name, root, val, device):
 PAPER = {20: "8.75 %", 32: "7.51 %", 44: "7.17 %", 56: "6.97 %", 1202: "7.93 %",
          110: "6.43 %, the best of five runs, and 6.61 +/- 0.16 % their mean"}
 
-def load(path, net, title, data):
+def load(path, net, title, data, val):
     """Put the weights that fit() saved into net. Returns the iterations they had and their data's mean image.
 
-    Raises UserError if the file is not one of fit(), or its net is not of this title or for these classes.
+    Raises UserError if the file is not one of fit(), or holds a net that is not the one asked for.
     """
     try:
-        saved = dict(torch.load(path, map_location="cpu", weights_only=True))  # tensors and plain values, never code
-        found = f"{saved['net']} for {len(saved['classes'])} classes"
-        if (saved["net"], saved["classes"]) == (title, data.classes):
+        with warnings.catch_warnings(action="ignore"):  # torch.load() warns of some foreign files
+            saved = dict(torch.load(path, map_location="cpu", weights_only=True))  # plain values, never code
+        found = f"{saved['net']} for the classes {', '.join(saved['classes'])}"
+        if (saved["net"], saved["classes"]) == (title, data.classes) and saved["val"] >= val:
             net.load_state_dict(saved["model"])
             return int(saved["iteration"]), saved["mean"].to(data.mean).reshape(data.mean.shape)
     except Exception as error:  # the file may hold anything
         raise UserError(f"{path} is not a net that this program saved ({type(error).__name__})") from error
-    raise UserError(f"{path} holds {found}, but asked for is {title} for the {len(data.classes)} classes of this data: "
-                    "repeat the arguments of its training")
+    raise UserError(f"{path} holds {found}, --val {saved['val']}: not {title} for {', '.join(data.classes)}, "
+                    f"--val {val}; repeat the arguments of its training")
 
 
 def fit(net, title, data, args, folder):
     """Train net; at each evaluation print and log a row and save the net. Returns the last error in percent."""
-    live, test = sys.stdout.isatty(), "val" if args.val else "test"
+    live, test = sys.stdout is not None and sys.stdout.isatty(), "val" if args.val else "test"
 
     def show(line, end="\n"):
         print(f"\r\033[K{line}" if live else line, end=end, flush=True)
@@ -393,10 +394,11 @@ def fit(net, title, data, args, folder):
             if not due and time.perf_counter() - shown < (1 if live else 30):
                 continue  # without reading the sums: that would wait for the device
             train_loss, train_error = loss_sum.item() / steps, 100 * wrong_sum.item() / (steps * args.batch_size)
-            if not math.isfinite(train_loss):
+            tensors = net.state_dict().values() if due else ()
+            if not (math.isfinite(train_loss) and all(tensor.isfinite().all() for tensor in tensors)):
                 show("", end="")
-                sys.exit(f"resnet.py: stopped: the loss is {train_loss} by iteration {iteration:,}: try a lower --lr, "
-                         "and another --output-dir")
+                sys.exit(f"resnet.py: stopped: the loss or a weight is not finite by iteration {iteration:,} (loss "
+                         f"{train_loss}): try a lower --lr, and another --output-dir")
             shown = time.perf_counter()
             speed = steps * args.batch_size / (shown - row_end)  # of training, without evaluations
             line = f"{iteration:>9,}  {rate:>7g}  {train_loss:>10.4f}  {train_error:>9.2f} %"
@@ -408,12 +410,15 @@ def fit(net, title, data, args, folder):
             row_end = shown = time.perf_counter()
             seconds = round(row_end - start)
             show(f"{line}  {test_error:>8.2f} %  {speed:>8,.0f}  {timedelta(seconds=seconds)!s:>8}")
+            saved = {"net": title, "iteration": iteration, "model": net.state_dict(), "mean": data.mean,
+                     "classes": data.classes, "val": args.val}
+            try:
+                torch.save(saved, folder / "model.pt.new")
+            except RuntimeError as error:  # how torch says that the disk is full
+                raise OSError(f"{folder}/model.pt.new cannot be written: {str(error).splitlines()[0]}") from error
+            os.replace(folder / "model.pt.new", folder / "model.pt")  # so that model.pt is never half a file
             log.writerow([iteration, rate, train_loss, train_error, test_error, round(speed), seconds])
             file.flush()
-            saved = {"net": title, "iteration": iteration, "model": net.state_dict(), "mean": data.mean,
-                     "classes": data.classes}
-            torch.save(saved, folder / "model.pt.new")
-            os.replace(folder / "model.pt.new", folder / "model.pt")  # so that model.pt is never half a file
             loss_sum = wrong_sum = steps = 0
     return test_error
 
@@ -421,7 +426,7 @@ def fit(net, title, data, args, folder):
 # ----- 7. The command line ----------------------------------------------------------------------------------------
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=1e9):
     """An argparse type: a number of this kind, low <= number < high."""
     def parse(text):
         if not low <= kind(text) < high:
@@ -434,7 +439,7 @@ def number(kind, low, high=math.inf):
 
 def make_parser():
     """The argparse parser; its errors are one line, without the usage."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="CIFAR ResNets and plain nets of He et al., 2015.", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {' '.join(message.split())}\n")
 
     def add(group, flag, text, default=None, **kwargs):
@@ -442,7 +447,7 @@ def make_parser():
         group.add_argument(flag, help=text, default=default, **kwargs)
 
     group = parser.add_argument_group("net")
-    add(group, "--depth", "6n + 2: 20, 32, 44, 56, 110, 1202, ...", 20, type=int, metavar="N")
+    add(group, "--depth", "6n + 2: 20, 32, 44, 56, 110, 1202, ...", 20, type=number(int, -math.inf, 1e5), metavar="N")
     group = group.add_mutually_exclusive_group()
     add(group, "--plain", "leave out the shortcuts", False, action="store_true")
     add(group, "--shortcut", "option of section 4.1", "A", choices=["A", "B", "C"])
@@ -452,8 +457,8 @@ def make_parser():
     add(group, "--data-dir", "where the data is, or is downloaded to", "data", metavar="DIR")
     add(group, "--val", "hold out 5,000 training images and test on them instead", False, action="store_true")
     group = parser.add_argument_group("recipe", "The paper's, if nothing else is asked for.")
-    add(group, "--iterations", "the rate drops at 1/2 and at 3/4 of them", 64000, type=number(int, 1), metavar="N")
-    add(group, "--batch-size", "images an iteration", 128, type=number(int, 1), metavar="N")
+    add(group, "--iterations", "the rate drops at 1/2 and 3/4 of them", 64000, type=number(int, 1), metavar="N")
+    add(group, "--batch-size", "images an iteration", 128, type=number(int, 1, 1e5), metavar="N")
     add(group, "--lr", "learning rate", 0.1, type=number(float, 0), metavar="X")
     add(group, "--momentum", "of SGD", 0.9, type=number(float, 0, 1), metavar="X")
     add(group, "--weight-decay", "of all parameters", 1e-4, type=number(float, 0), metavar="X")
@@ -515,7 +520,7 @@ def run(parser, argv):
           f"data    {args.dataset}, {len(data.images):,} training and {len(data.test_images):,} {test} images, "
           f"{len(data.classes)} classes", flush=True)
     if args.test_only:
-        iteration, mean = load(path, net, title, data)
+        iteration, mean = load(path, net, title, data, args.val)
         error = evaluate(net, data.test_images, data.test_labels, mean)
         print(f"{title}, after {iteration:,} iterations: {test} error {error:.2f} %")
         return
@@ -537,7 +542,7 @@ def run(parser, argv):
 def main(argv=None):
     """The program. Exits with status 2 and one line for bad input, 130 for Ctrl-C."""
     parser = make_parser()
-    warnings.filterwarnings("ignore", module="PIL|torch._weights_only")  # on bad files: the error below is enough
+    warnings.filterwarnings("ignore", module="PIL")  # of bad images: the error is enough
     try:
         run(parser, argv)
     except UserError as error:

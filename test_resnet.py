@@ -707,7 +707,7 @@ def test_loss_that_is_not_finite_stops_before_the_net_is_saved(loss, tmp_path, c
     monkeypatch.setattr(resnet, "train", lambda *_: iter(steps))
     monkeypatch.setattr(resnet, "evaluate", lambda *_: 50.0)
     args = resnet.make_parser().parse_args(["--iterations", "4", "--eval-every", "1"])
-    with pytest.raises(SystemExit, match=r"loss is (nan|inf) by iteration 2"):
+    with pytest.raises(SystemExit, match=r"not finite by iteration 2 \(loss (nan|inf)\)"):
         resnet.fit(resnet.ResNet(8), "a net", small_data(), args, tmp_path)
     assert torch.load(tmp_path / "model.pt", weights_only=True)["iteration"] == 1
     assert [row["iteration"] for row in rows_of(tmp_path)] == ["1"]
@@ -774,6 +774,11 @@ def test_seed_decides_the_initial_weights(tmp_path, capsys):
     (["--depth", "0"], "8 and 14"),
     (["--depth", "-4"], "8 and 14"),
     (["--depth", "deep"], "--depth"),
+    (["--depth", "60000002"], "--depth"),
+    (["--iterations", "1" + "0" * 400], "--iterations"),
+    (["--batch-size", "1000000"], "--batch-size"),
+    (["--lr", "1e39"], "--lr"),
+    (["--weight-decay", "1e39"], "--weight-decay"),
     (["--shortcut", "D"], "--shortcut"),
     (["--plain", "--shortcut", "B"], "--plain"),
     (["--dataset", "mnist"], "--dataset"),
@@ -870,7 +875,7 @@ def test_a_run_is_not_overwritten_and_a_bad_folder_is_one_line(tmp_path, capsys)
 def test_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
     argv = ["--dataset", "folder", "--data-dir", write_folder(tmp_path / "data"), "--depth", 8, "--iterations", 9,
             "--output-dir", tmp_path / "run"]
-    status, out, err = run(capsys, *argv, "--lr", "1e38")
+    status, out, err = run(capsys, *argv, "--lr", "1e8", "--weight-decay", "1e8")
     assert status == 1
     assert len(err.splitlines()) == 1 and "loss" in err and "--lr" in err
     assert "after the last iteration" not in out
@@ -878,6 +883,23 @@ def test_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
     status, _, err = run(capsys, *argv)  # a run that stopped is not overwritten either
     assert status == 2 and "already holds a run" in err
     assert before == (tmp_path / "run" / "run.json").read_bytes()
+
+
+def test_weights_that_are_not_finite_stop_before_the_net_is_saved(tmp_path, monkeypatch):
+    """A loss is of the weights before the step: it can be finite although the step broke the net."""
+    net = resnet.ResNet(8)
+
+    def train(*_):
+        yield 1, 0.1, torch.tensor(1.0), torch.tensor(1)
+        net.fc.bias.data[3] = float("inf")
+        yield 2, 0.1, torch.tensor(1.0), torch.tensor(1)
+
+    monkeypatch.setattr(resnet, "train", train)
+    monkeypatch.setattr(resnet, "evaluate", lambda *_: 50.0)
+    args = resnet.make_parser().parse_args(["--iterations", "2", "--eval-every", "1"])
+    with pytest.raises(SystemExit, match="a weight is not finite by iteration 2"):
+        resnet.fit(net, "a net", small_data(), args, tmp_path)
+    assert torch.load(tmp_path / "model.pt", weights_only=True)["iteration"] == 1
 
 
 def test_files_are_whole_at_every_moment(tmp_path, monkeypatch):
@@ -903,7 +925,7 @@ def test_files_are_whole_at_every_moment(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("content", [
     b"", b"no net", pickle.dumps({"model": 1}), [], torch.zeros(3), torchvision.models.resnet18().state_dict(),
-    {"net": "ResNet-8, option A", "classes": ["cat", "dog"], "iteration": 1, "mean": torch.zeros(2), "model": {}},
+    {"net": "ResNet-8, option A", "classes": ["cat", "dog"], "val": False, "iteration": 1, "mean": 0, "model": {}},
     {"net": 8, "classes": None, "iteration": [], "mean": "", "model": 0}], ids=lambda content: type(content).__name__)
 def test_file_that_is_no_saved_net(content, tmp_path, capsys):
     if isinstance(content, bytes):
@@ -952,7 +974,8 @@ def test_saved_net_is_not_taken_for_another(tmp_path, capsys):
     argv = ["--dataset", "folder", "--data-dir", write_folder(tmp_path / "data"), "--output-dir", tmp_path / "run"]
     assert run(capsys, *argv, "--depth", 8, "--iterations", 2)[0] == 0
     for other in (["--depth", 14], ["--depth", 8, "--plain"], ["--depth", 8, "--shortcut", "C"],
-                  ["--depth", 8, "--data-dir", write_folder(tmp_path / "other", classes=("cat", "fox"))]):
+                  ["--depth", 8, "--data-dir", write_folder(tmp_path / "other", classes=("cat", "fox"))],
+                  ["--depth", 8, "--val", "--data-dir", write_folder(tmp_path / "many", train=2501)]):
         status, _, err = run(capsys, *argv, "--test-only", *other)
         assert status == 2 and "holds ResNet-8, option A" in err and len(err.splitlines()) == 1, other
 
