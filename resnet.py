@@ -8,7 +8,7 @@
     python resnet.py --help
 
 Parts 1 to 4 are the paper; a reader can stop there. Parts 5 to 7 are the program around it. Sections, equations,
-tables and figures are those of arXiv:1512.03385, in quotes are its words. "Choice:" marks what it leaves open.
+tables and figures are those of arXiv:1512.03385, and so are words in quotes. "Choice" marks what it leaves open.
 """
 import argparse
 import csv
@@ -74,12 +74,12 @@ class ResidualBlock(nn.Module):
     (N, C_in, H, W) -> (N, C_out, ceil(H / stride), ceil(W / stride)).
     shortcut is an option of section 4.1: "A", identity everywhere; "B", projection where the dimensions change and
     identity elsewhere; "C", projection everywhere. None leaves it out: the plain block, relu(F(x)).
-    Raises ValueError for any other.
+    Raises ValueError for any other, and where an identity would have to drop channels.
     """
 
     def __init__(self, in_channels, out_channels, stride=1, shortcut="A"):
         super().__init__()
-        # No biases: the BN that follows has a shift. Choice: BN averages with PyTorch's momentum, 0.1, and epsilon.
+        # No biases: the BN that follows has a shift. Choice: BN's momentum and epsilon are PyTorch's, 0.1 and 1e-5.
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False)
@@ -106,7 +106,7 @@ class ResidualBlock(nn.Module):
 
 
 def blocks_per_stage(depth):
-    """The n of depth = 6n + 2. Raises ValueError, which names the nearest two depths, if there is no such n."""
+    """The n >= 1 of depth = 6n + 2. Raises ValueError, which names the nearest two depths, if there is no such n."""
     n = max(1, (depth - 2) // 6)
     if depth != 6 * n + 2:
         raise ValueError(f"depth must be 6n + 2, such as 20, 32, 44, 56, 110 or 1202, not {depth}: "
@@ -119,7 +119,7 @@ class ResNet(nn.Module):
 
     The layers counted are the first convolution, 6n convolutions in 3n blocks, and the fully connected layer; BN and
     the projections of options B and C are not. plain leaves out all shortcuts; shortcut is as in ResidualBlock.
-    Raises ValueError for a depth or shortcut that there is not.
+    Raises ValueError for a depth that is not 6n + 2 or, unless plain, an unknown shortcut.
     """
 
     def __init__(self, depth, plain=False, shortcut="A", num_classes=10):
@@ -143,7 +143,7 @@ class ResNet(nn.Module):
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 # Variance 2 / fan_in. Choice: fan-in, and the fully connected layer like the others.
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        nn.init.zeros_(self.fc.bias)
+        nn.init.zeros_(self.fc.bias)  # Choice
 
     def forward(self, x):  # (N, 3, 32, 32)
         x = torch.relu(self.bn1(self.conv1(x)))  # (N, 16, 32, 32)
@@ -196,7 +196,7 @@ def draw_epoch(count, seed, epoch):
 
     It depends on the arguments alone, not on what was drawn before.
     """
-    # A generator uses 32 bits of its seed and no more: mix seed and epoch into those.
+    # PyTorch's CPU generator uses only 32 bits of its seed: mix seed and epoch into those.
     g = torch.Generator().manual_seed(random.Random(f"{seed} {epoch}").getrandbits(32))
     index = torch.randperm(count, generator=g)
     dy, dx = torch.randint(9, (2, count), generator=g)
@@ -221,7 +221,7 @@ def batches(count, batch_size, seed, device):
 def learning_rate(iteration, iterations, base=0.1, warm=False):
     """base, divided by 10 at 1/2 and again at 3/4 of the iterations: at 32k and 48k of 64k. iteration counts from 0.
 
-    warm: in the warm-up that section 4.2 gives to 110 layers, the rate is at most base / 10.
+    warm: in the warm-up that section 4.2 gives to 110 layers. Choice: then at most base / 10, and the drops stay.
     """
     drops = (2 * iteration >= iterations) + (4 * iteration >= 3 * iterations)
     return base / 10 ** max(drops, int(warm))
@@ -230,8 +230,9 @@ def learning_rate(iteration, iterations, base=0.1, warm=False):
 def train(net, data, args):
     """Train net on data; after each iteration yield (iterations done, rate, loss, wrong answers in the batch).
 
-    args has iterations, batch_size, lr, momentum, weight_decay, warmup and seed, as in --help. Loss and wrong answers
-    are tensors of one number on the device: whoever reads them waits for it.
+    args has, with the paper's values, iterations (64,000), batch_size (128), lr (0.1), momentum (0.9), weight_decay
+    (0.0001) and warmup (True for 110 layers), and seed. Loss and wrong answers are tensors of one number on the
+    device: whoever reads them waits for it.
     """
     # Choice: weight decay on all parameters, those of BN too; momentum as PyTorch defines it.
     optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
@@ -342,7 +343,7 @@ def load_data(name, root, val, device):
     else:
         found = make_synthetic() if name == "synthetic" else read_cifar(name, root)
     images, labels, test_images, test_labels, classes = found
-    if val:
+    if val:  # Choice: without it, all 50k images of CIFAR are trained on
         if len(images) <= 5000:
             raise UserError(f"--val holds out 5,000 training images, but there are only {len(images):,}")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # one split, whatever --seed
@@ -360,7 +361,7 @@ PAPER = {20: "8.75 %", 32: "7.51 %", 44: "7.17 %", 56: "6.97 %", 1202: "7.93 %",
 def load(path, net, title, data, val):
     """Put the weights that fit() saved into net. Returns the iterations they had and their data's mean image.
 
-    Raises UserError if the file is not one of fit(), or holds a net that is not the one asked for.
+    Raises UserError if the file cannot be read, was not saved by fit(), or holds another net than the one asked for.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # torch.load() warns of some foreign files
@@ -369,6 +370,8 @@ def load(path, net, title, data, val):
         if (saved["net"], saved["classes"]) == (title, data.classes) and saved["val"] >= val:
             net.load_state_dict(saved["model"])
             return int(saved["iteration"]), saved["mean"].to(data.mean).reshape(data.mean.shape)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # the file may hold anything
         raise UserError(f"{path} is not a net that this program saved ({type(error).__name__})") from error
     raise UserError(f"{path} holds {found}, --val {saved['val']}: not {title} for {', '.join(data.classes)}, "
@@ -400,15 +403,15 @@ def fit(net, title, data, args, folder):
                 sys.exit(f"resnet.py: stopped: the loss or a weight is not finite by iteration {iteration:,} (loss "
                          f"{train_loss}): try a lower --lr, and another --output-dir")
             shown = time.perf_counter()
-            speed = steps * args.batch_size / (shown - row_end)  # of training, without evaluations
+            speed = steps * args.batch_size / (shown - row_end)  # of training, without evaluating and saving
             line = f"{iteration:>9,}  {rate:>7g}  {train_loss:>10.4f}  {train_error:>9.2f} %"
             if not due:
                 left = timedelta(seconds=round((args.iterations - iteration) * args.batch_size / speed))
                 show(f"{line}{speed:>22,.0f}  {left} left", end="" if live else "\n")
                 continue
             test_error = evaluate(net, data.test_images, data.test_labels, data.mean)
-            row_end = shown = time.perf_counter()
-            seconds = round(row_end - start)
+            shown = time.perf_counter()
+            seconds = round(shown - start)
             show(f"{line}  {test_error:>8.2f} %  {speed:>8,.0f}  {timedelta(seconds=seconds)!s:>8}")
             saved = {"net": title, "iteration": iteration, "model": net.state_dict(), "mean": data.mean,
                      "classes": data.classes, "val": args.val}
@@ -420,6 +423,7 @@ def fit(net, title, data, args, folder):
             log.writerow([iteration, rate, train_loss, train_error, test_error, round(speed), seconds])
             file.flush()
             loss_sum = wrong_sum = steps = 0
+            row_end = time.perf_counter()
     return test_error
 
 
@@ -510,7 +514,7 @@ def run(parser, argv):
     data = load_data(args.dataset, args.data_dir, args.val, device)
     torch.manual_seed(args.seed)
     net = ResNet(args.depth, args.plain, args.shortcut, len(data.classes))
-    net = net.to(device, memory_format=torch.channels_last)  # the faster layout of convolutions
+    net = net.to(device, memory_format=torch.channels_last)  # often faster for convolutions
     title = f"plain-{args.depth}" if args.plain else f"ResNet-{args.depth}, option {args.shortcut}"
     test = "validation" if args.val else "test"
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -540,7 +544,7 @@ def run(parser, argv):
 
 
 def main(argv=None):
-    """The program. Exits with status 2 and one line for bad input, 130 for Ctrl-C."""
+    """The program. Ends with one line and status 2 for what the user can mend, 1 for a loss that is not finite."""
     parser = make_parser()
     warnings.filterwarnings("ignore", module="PIL")  # of bad images: the error is enough
     try:
@@ -550,7 +554,7 @@ def main(argv=None):
     except OSError as error:
         parser.error(f"{error} (--output-dir and --data-dir choose the folders)")
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if not any(words in str(error) for words in ("out of memory", "allocate memory", "not enough memory")):
             raise
         parser.error(f"{str(error).splitlines()[0]} (a smaller --batch-size or --depth needs less)")
     except KeyboardInterrupt:
