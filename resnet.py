@@ -397,8 +397,8 @@ def fit(net, title, data, args, folder):
             if not due and time.perf_counter() - shown < (1 if live else 30):
                 continue  # without reading the sums: that would wait for the device
             train_loss, train_error = loss_sum.item() / steps, 100 * wrong_sum.item() / (steps * args.batch_size)
-            tensors = net.state_dict().values() if due else ()
-            if not (math.isfinite(train_loss) and all(tensor.isfinite().all() for tensor in tensors)):
+            weights = net.state_dict() if due else {}
+            if not (math.isfinite(train_loss) and all(tensor.isfinite().all() for tensor in weights.values())):
                 show("", end="")
                 sys.exit(f"resnet.py: stopped: the loss or a weight is not finite by iteration {iteration:,} (loss "
                          f"{train_loss}): try a lower --lr, and another --output-dir")
@@ -413,7 +413,7 @@ def fit(net, title, data, args, folder):
             shown = time.perf_counter()
             seconds = round(shown - start)
             show(f"{line}  {test_error:>8.2f} %  {speed:>8,.0f}  {timedelta(seconds=seconds)!s:>8}")
-            saved = {"net": title, "iteration": iteration, "model": net.state_dict(), "mean": data.mean,
+            saved = {"net": title, "iteration": iteration, "model": weights, "mean": data.mean,
                      "classes": data.classes, "val": args.val}
             try:
                 torch.save(saved, folder / "model.pt.new")
@@ -433,9 +433,10 @@ def fit(net, title, data, args, folder):
 def number(kind, low, high=1e9):
     """An argparse type: a number of this kind, low <= number < high."""
     def parse(text):
-        if not low <= kind(text) < high:
+        value = kind(text)
+        if not low <= value < high:
             raise argparse.ArgumentTypeError(f"{text} is out of range: {low} <= {kind.__name__} < {high}")
-        return kind(text)
+        return value
 
     parse.__name__ = kind.__name__  # for argparse's own message, "invalid int value"
     return parse
