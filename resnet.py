@@ -11,21 +11,27 @@ Parts 1 to 4 are the paper; a reader can stop there. Parts 5 to 7 are the progra
 tables and figures are those of arXiv:1512.03385, and so are words in quotes. "Choice" marks what it leaves open.
 """
 import argparse
+import contextlib
 import csv
+import io
 import json
 import math
 import os
 import platform
 import random
+import shlex
+import signal
 import sys
 import time
 import warnings
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torchvision
+from torch import distributed as dist
 from torch import nn
 
 # ----- 1. The residual block (sections 3.1 to 3.4). To copy: the three classes, which need torch and nn alone ------
@@ -204,9 +210,13 @@ def draw_epoch(count, seed, epoch):
     return torch.stack([index, dy, dx, flip])
 
 
-def batches(count, batch_size, seed, device):
-    """Yield draws, (4, batch_size), without end. Choice: a batch may span two epochs, so that no image is dropped."""
-    epoch, draws = 0, draw_epoch(count, seed, 0).to(device)
+def batches(count, batch_size, seed, device, start=0):
+    """Yield draws, (4, batch_size), from batch number start on, without end.
+
+    Choice: a batch may span two epochs, so that no image is dropped.
+    """
+    epoch, used = divmod(start * batch_size, count)
+    draws = draw_epoch(count, seed, epoch)[:, used:].to(device)
     while True:
         while draws.shape[1] < batch_size:
             epoch += 1
@@ -227,24 +237,42 @@ def learning_rate(iteration, iterations, base=0.1, warm=False):
     return base / 10 ** max(drops, int(warm))
 
 
-def train(net, data, args):
-    """Train net on data; after each iteration yield (iterations done, rate, loss, wrong answers in the batch).
+@dataclass
+class Progress:
+    """How far a run has come: with net and optimizer, all that it takes to go on as if it had never stopped."""
 
-    args has, with the paper's values, iterations (64,000), batch_size (128), lr (0.1), momentum (0.9), weight_decay
-    (0.0001) and warmup (True for 110 layers), and seed. Loss and wrong answers are tensors of one number on the
-    device: whoever reads them waits for it.
-    """
+    iteration: int = 0  # iterations done
+    warm: bool = False  # in the warm-up, whose wrong answers since the last multiple of 100 iterations are
+    warm_wrong: torch.Tensor | int = 0
+    loss: torch.Tensor | float = 0.0  # sums over the iterations since the last row of the log: of the mean losses,
+    wrong: torch.Tensor | int = 0  # and of the wrong answers
+    seconds: float = 0.0
+    rows: list = field(default_factory=list)  # of the log
+    planned: list = field(default_factory=list)  # args.iterations; more than one if a resumed run was given others
+
+
+def make_optimizer(net, args):
+    """SGD with the paper's momentum, 0.9, and weight decay, 0.0001, if args has them."""
     # Choice: weight decay on all parameters, those of BN too; momentum as PyTorch defines it.
-    optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
-    draws = batches(len(data.images), args.batch_size, args.seed, data.images.device)
-    warm, recent_wrong = args.warmup, 0
+    return torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+
+
+def train(net, optimizer, data, args, progress):
+    """Train net on data; after each iteration yield (rate, loss, wrong answers in the batch).
+
+    args has, with the paper's values, iterations (64,000), batch_size (128) and lr (0.1), and seed. progress is where
+    to begin, and is kept up to date; its warm is first True for 110 layers. Loss and wrong answers are tensors of one
+    number on the device: whoever reads them waits for it. mine() and total() are for several processes (part 6): with
+    one, they return what they are given.
+    """
+    draws = batches(len(data.images), args.batch_size, args.seed, data.images.device, progress.iteration)
     net.train()
-    for iteration in range(args.iterations):
-        rate = learning_rate(iteration, args.iterations, args.lr, warm)
+    while progress.iteration < args.iterations:
+        rate = learning_rate(progress.iteration, args.iterations, args.lr, progress.warm)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        index, dy, dx, flip = next(draws)
+        index, dy, dx, flip = map(mine, next(draws))
         images = augment(normalise(data.images[index], data.mean), dy, dx, flip)
         labels = data.labels[index]
         logits = net(images)
@@ -253,20 +281,23 @@ def train(net, data, args):
         loss.backward()
         optimizer.step()
 
-        wrong = (logits.argmax(dim=1) != labels).sum()
-        if warm:
-            recent_wrong += wrong
-            if (iteration + 1) % 100 == 0:  # Choice: the training error is that of each 100 iterations
-                warm, recent_wrong = bool(recent_wrong >= 0.8 * 100 * args.batch_size), 0
-        yield iteration + 1, rate, loss.detach(), wrong
+        loss = total(len(labels) * loss.detach()) / args.batch_size  # the mean of the whole batch
+        wrong = total((logits.argmax(dim=1) != labels).sum())
+        progress.iteration += 1
+        if progress.warm:
+            progress.warm_wrong += wrong
+            if progress.iteration % 100 == 0:  # Choice: the training error is that of each 100 iterations
+                progress.warm = bool(progress.warm_wrong >= 0.8 * 100 * args.batch_size)
+                progress.warm_wrong = 0
+        yield rate, loss, wrong
 
 
 @torch.no_grad()
 def evaluate(net, images, labels, mean):
     """The error of net in percent on "the single view of the original 32x32 image". Leaves net in training mode."""
     net.eval()
-    parts = zip(images.split(500), labels.split(500), strict=True)
-    wrong = sum((net(normalise(x, mean)).argmax(dim=1) != y).sum() for x, y in parts)
+    parts = zip(mine(images).split(500), mine(labels).split(500), strict=True)
+    wrong = total(sum((net(normalise(x, mean)).argmax(dim=1) != y).sum() for x, y in parts))
     net.train()
     return 100 * wrong.item() / len(labels)
 
@@ -352,82 +383,207 @@ def load_data(name, root, val, device):
     return Data(*(t.to(device) for t in (images, labels, test_images, test_labels, mean)), classes)
 
 
-# ----- 6. A run and its folder: run.json says how to repeat it, log.csv has its rows, model.pt its net ------------
+# ----- 6. Several processes: torchrun --nproc-per-node=2 resnet.py ... --------------------------------------------
+
+
+def join():
+    """Become one of torchrun's processes, of which the first alone prints. Without torchrun, do nothing."""
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def mine(x):
+    """The part of x, along its first dimension, that is this process's: every world-th element from its rank on."""
+    return x[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else x
+
+
+def total(x, operation=dist.ReduceOp.SUM):
+    """The sum of x over all processes, or their maximum, in place. Waits until all have come here."""
+    if dist.is_initialized():
+        dist.all_reduce(x, operation)
+    return x
+
+
+def end(status, line):
+    """End this process with the line on stderr; of several, the first to end shows its line: it has the cause."""
+    first = True
+    if dist.is_initialized():
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))  # torchrun's own
+        first = store.add(f"resnet.py {os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
+    if first:
+        print(line, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+# ----- 7. A run and its folder: checkpoint.pt to go on from, log.csv for its rows, run.json to repeat it -----------
 
 # Table 6: the test error, with option A.
 PAPER = {20: "8.75 %", 32: "7.51 %", 44: "7.17 %", 56: "6.97 %", 1202: "7.93 %",
          110: "6.43 %, the best of five runs, and 6.61 +/- 0.16 % their mean"}
+# The arguments that must be those of the checkpoint: to evaluate it, and those besides to go on from it.
+NET = ["depth", "plain", "shortcut"]
+RECIPE = ["dataset", "val", "batch_size", "lr", "momentum", "weight_decay", "warmup", "seed", "processes"]
 
-def load(path, net, title, data, val):
-    """Put the weights that fit() saved into net. Returns the iterations they had and their data's mean image.
 
-    Raises UserError if the file cannot be read, was not saved by fit(), or holds another net than the one asked for.
+def write(path, content):
+    """Write these bytes to path: beside it, down to the disk, then renamed over it. If that fails, path stays.
+
+    Of several processes, the first does.
     """
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    new = Path(f"{path}.new")
+    try:
+        with open(new, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def write_log(folder, args, progress):
+    """Write log.csv, all of it: that mends whatever an interruption has done to it."""
+    text = io.StringIO(newline="")
+    log = csv.writer(text)
+    log.writerow(["iteration", "rate", "train_loss", "train_error", f"{'val' if args.val else 'test'}_error",
+                  "images_per_s", "seconds"])
+    log.writerows(progress.rows)
+    write(folder / "log.csv", text.getvalue().encode())
+
+
+def save(folder, net, optimizer, data, args, progress):
+    """Write checkpoint.pt, of tensors and plain values alone, and log.csv."""
+    plain = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in vars(progress).items()}
+    file = io.BytesIO()  # a full disk is told more clearly by write() than by torch.save()
+    torch.save({"arguments": vars(args), "classes": data.classes, "mean": data.mean, "model": net.state_dict(),
+                "optimizer": optimizer.state_dict(), "progress": plain}, file)
+    write(folder / "checkpoint.pt", file.getbuffer())
+    write_log(folder, args, progress)
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Whatever is wrong with the checkpoint in path, raise UserError: the file may hold anything."""
     try:
         with warnings.catch_warnings(action="ignore"):  # torch.load() warns of some foreign files
-            saved = dict(torch.load(path, map_location="cpu", weights_only=True))  # plain values, never code
-        found = f"{saved['net']} for the classes {', '.join(saved['classes'])}"
-        if (saved["net"], saved["classes"]) == (title, data.classes) and saved["val"] >= val:
-            net.load_state_dict(saved["model"])
-            return int(saved["iteration"]), saved["mean"].to(data.mean).reshape(data.mean.shape)
+            yield
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    except Exception as error:  # the file may hold anything
-        raise UserError(f"{path} is not a net that this program saved ({type(error).__name__})") from error
-    raise UserError(f"{path} holds {found}, --val {saved['val']}: not {title} for {', '.join(data.classes)}, "
-                    f"--val {val}; repeat the arguments of its training")
+    except Exception as error:
+        raise UserError(f"{path} is not a checkpoint that this program saved ({type(error).__name__})") from error
 
 
-def fit(net, title, data, args, folder):
-    """Train net; at each evaluation print and log a row and save the net. Returns the last error in percent."""
+def load(path, args, keys):
+    """The checkpoint in path and its Progress.
+
+    Raises UserError if there is no checkpoint in the file, or one of a run whose arguments keys were others than args.
+    """
+    with reading(path):
+        if not path.is_file():
+            raise UserError(f"{path} is not a file")
+        saved = torch.load(path, map_location="cpu", weights_only=True)  # plain values, never code
+        begun, progress = saved["arguments"], Progress(**saved["progress"])
+        other = [f"{key} {begun[key]}, not {vars(args)[key]}" for key in keys if begun[key] != vars(args)[key]]
+        if other:
+            raise UserError(f"{path} is of a run with {'; '.join(other)}: repeat the arguments of that run, "
+                            "or name another --output-dir")
+        return saved, progress
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """A list to which SIGINT and SIGTERM add their number, instead of what they do elsewhere."""
+    caught = []
+    before = {number: signal.signal(number, lambda number, frame: caught.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def fit(net, optimizer, data, args, progress, folder, caught, again):
+    """Train net; at each evaluation print a row and save. Returns the last error in percent.
+
+    A signal in caught ends the run after the iteration or evaluation at hand; it is saved, and again is shown as the
+    command to go on with.
+    """
     live, test = sys.stdout is not None and sys.stdout.isatty(), "val" if args.val else "test"
 
     def show(line, end="\n"):
         print(f"\r\033[K{line}" if live else line, end=end, flush=True)
 
-    with open(folder / "log.csv", "x", newline="") as file:
-        log = csv.writer(file)
-        log.writerow(["iteration", "rate", "train_loss", "train_error", f"{test}_error", "images_per_s", "seconds"])
-        show(f"iteration     rate  train loss  train error  {test:>4} error  images/s   elapsed")
-        loss_sum = wrong_sum = steps = 0  # since the last row
-        start = row_end = shown = time.perf_counter()
-        for iteration, rate, loss, wrong in train(net, data, args):
-            loss_sum, wrong_sum, steps = loss_sum + loss, wrong_sum + wrong, steps + 1
-            due = iteration % args.eval_every == 0 or iteration == args.iterations
-            if not due and time.perf_counter() - shown < (1 if live else 30):
-                continue  # without reading the sums: that would wait for the device
-            train_loss, train_error = loss_sum.item() / steps, 100 * wrong_sum.item() / (steps * args.batch_size)
-            weights = net.state_dict() if due else {}
-            if not (math.isfinite(train_loss) and all(tensor.isfinite().all() for tensor in weights.values())):
-                show("", end="")
-                sys.exit(f"resnet.py: stopped: the loss or a weight is not finite by iteration {iteration:,} (loss "
-                         f"{train_loss}): try a lower --lr, and another --output-dir")
-            shown = time.perf_counter()
-            speed = steps * args.batch_size / (shown - row_end)  # of training, without evaluating and saving
-            line = f"{iteration:>9,}  {rate:>7g}  {train_loss:>10.4f}  {train_error:>9.2f} %"
-            if not due:
-                left = timedelta(seconds=round((args.iterations - iteration) * args.batch_size / speed))
-                show(f"{line}{speed:>22,.0f}  {left} left", end="" if live else "\n")
-                continue
-            test_error = evaluate(net, data.test_images, data.test_labels, data.mean)
-            shown = time.perf_counter()
-            seconds = round(shown - start)
-            show(f"{line}  {test_error:>8.2f} %  {speed:>8,.0f}  {timedelta(seconds=seconds)!s:>8}")
-            saved = {"net": title, "iteration": iteration, "model": weights, "mean": data.mean,
-                     "classes": data.classes, "val": args.val}
-            try:
-                torch.save(saved, folder / "model.pt.new")
-            except RuntimeError as error:  # how torch says that the disk is full
-                raise OSError(f"{folder}/model.pt.new cannot be written: {str(error).splitlines()[0]}") from error
-            os.replace(folder / "model.pt.new", folder / "model.pt")  # so that model.pt is never half a file
-            log.writerow([iteration, rate, train_loss, train_error, test_error, round(speed), seconds])
-            file.flush()
-            loss_sum = wrong_sum = steps = 0
-            row_end = time.perf_counter()
-    return test_error
+    def signalled():  # the signal that any process has caught, or 0: all stop, or none does
+        return total(torch.tensor(max(caught, default=0)), dist.ReduceOp.MAX).item()
+
+    def stop(status, line):
+        show("", end="")
+        end(status, f"resnet.py: stopped {line}")
+
+    show(f"iteration     rate  train loss  train error  {test:>4} error  images/s   elapsed")
+    model = net
+    if dist.is_initialized():  # BN's statistics are each process's own, as on the paper's two GPUs
+        with warnings.catch_warnings(action="ignore"):  # the new name of the option is unknown to older PyTorch
+            model = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+    row = progress.rows[-1][0] if progress.rows else 0  # the iteration of the last row
+    done = progress.iteration
+    clock = counted = shown = time.perf_counter()  # of progress.seconds, of the speed, and of what is on the screen
+    for rate, loss, wrong in train(model, optimizer, data, args, progress):
+        iteration = progress.iteration
+        progress.loss, progress.wrong = progress.loss + loss, progress.wrong + wrong
+        due = iteration % args.eval_every == 0 or iteration == args.iterations
+        number = signalled()
+        if not (due or number) and time.perf_counter() - shown < (1 if live else 30):
+            continue  # without reading the sums: that would wait for the device
+        train_loss = float(progress.loss) / (iteration - row)
+        train_error = 100 * int(progress.wrong) / ((iteration - row) * args.batch_size)
+        weights = net.state_dict().values() if due or number else ()
+        if not (math.isfinite(train_loss) and all(tensor.isfinite().all() for tensor in weights)):
+            stop(1, f"by a loss or weight that is not finite, at iteration {iteration:,} (loss {train_loss}); the last "
+                    "checkpoint is kept: try a lower --lr, and another --output-dir")
+        shown = time.perf_counter()
+        speed = (iteration - done) * args.batch_size / (shown - counted)  # of training, without evaluating and saving
+        line = f"{iteration:>9,}  {rate:>7g}  {train_loss:>10.4f}  {train_error:>9.2f} %"
+        if due:
+            if dist.is_initialized():  # all evaluate what the first process saves
+                for statistic in net.buffers():
+                    dist.broadcast(statistic, 0)
+            error = evaluate(net, data.test_images, data.test_labels, data.mean)
+            number = signalled()
+        elif not number:
+            left = timedelta(seconds=round((args.iterations - iteration) * args.batch_size / speed))
+            show(f"{line}{speed:>22,.0f}  {left} left", end="" if live else "\n")
+            continue
+        now = time.perf_counter()
+        progress.seconds, clock = progress.seconds + now - clock, now
+        if due:
+            elapsed = timedelta(seconds=round(progress.seconds))
+            show(f"{line}  {error:>8.2f} %  {speed:>8,.0f}  {elapsed!s:>8}")
+            progress.rows += [[iteration, rate, train_loss, train_error, error, round(speed), round(progress.seconds)]]
+            progress.loss, progress.wrong, row = 0.0, 0, iteration
+        try:
+            save(folder, net, optimizer, data, args, progress)
+        except OSError as error:
+            stop(1, f"by the disk: {error}; the last checkpoint is kept. To go on: {again}")
+        if number and iteration < args.iterations:
+            total(torch.zeros(1))  # until the first process has saved
+            stop(128 + number, f"by {signal.Signals(number).name}; iteration {iteration:,} of {args.iterations:,} is "
+                               f"saved. To go on: {again}")
+        done, counted = iteration, time.perf_counter()
+        shown = counted
+    return progress.rows[-1][4]
 
 
-# ----- 7. The command line ----------------------------------------------------------------------------------------
+# ----- 8. The command line ----------------------------------------------------------------------------------------
 
 
 def number(kind, low, high=1e9):
@@ -445,7 +601,7 @@ def number(kind, low, high=1e9):
 def make_parser():
     """The argparse parser; its errors are one line, without the usage."""
     parser = argparse.ArgumentParser(description="CIFAR ResNets and plain nets of He et al., 2015.", allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {' '.join(message.split())}\n")
+    parser.error = lambda message: end(2, f"{parser.prog}: error: {' '.join(message.split())}")
 
     def add(group, flag, text, default=None, **kwargs):
         text += "" if default is None or default is False else f" (default: {default})"
@@ -462,7 +618,8 @@ def make_parser():
     add(group, "--data-dir", "where the data is, or is downloaded to", "data", metavar="DIR")
     add(group, "--val", "hold out 5,000 training images and test on them instead", False, action="store_true")
     group = parser.add_argument_group("recipe", "The paper's, if nothing else is asked for.")
-    add(group, "--iterations", "the rate drops at 1/2 and 3/4 of them", 64000, type=number(int, 1), metavar="N")
+    add(group, "--iterations", "the rate drops at 1/2 and 3/4 of them (default: 64000, or those of the run resumed)",
+        type=number(int, 1), metavar="N")
     add(group, "--batch-size", "images an iteration", 128, type=number(int, 1, 1e5), metavar="N")
     add(group, "--lr", "learning rate", 0.1, type=number(float, 0), metavar="X")
     add(group, "--momentum", "of SGD", 0.9, type=number(float, 0, 1), metavar="X")
@@ -475,6 +632,8 @@ def make_parser():
     add(group, "--output-dir", "the run's folder (default: runs/resnet-56, runs/plain-56, ...)", metavar="DIR")
     add(group, "--eval-every", "iterations from row to row (default: a tenth of all, at most 500)",
         type=number(int, 1), metavar="N")
+    group = group.add_mutually_exclusive_group()
+    add(group, "--resume", "go on with the run in its folder, from its last checkpoint", False, action="store_true")
     add(group, "--test-only", "evaluate the net that is saved in the run's folder", False, action="store_true")
     return parser
 
@@ -485,81 +644,150 @@ def pick_device(name):
     try:
         if name.split(":")[0] not in ("cuda", "mps", "cpu"):
             raise ValueError("choose cuda, cuda:N, mps or cpu")
+        if dist.is_initialized() and name != "cpu":
+            if name != "cuda":
+                raise ValueError("under torchrun choose cuda, which gives each process a GPU, or cpu")
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(name)
         return torch.zeros(1, device=name).device
     except Exception as error:
         raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def run(parser, argv):
-    """Train, or with --test-only evaluate, as argv asks. Raises UserError for what the user can mend."""
+def run(parser, argv, again):
+    """Train, or with --test-only evaluate, as argv asks; again is the command to go on with. Raises UserError."""
     args = parser.parse_args(argv)
     try:
         blocks_per_stage(args.depth)
     except ValueError as error:
         raise UserError(f"argument --depth: {error}") from None
+    args.processes = dist.get_world_size() if dist.is_initialized() else 1
+    if args.batch_size % args.processes:
+        raise UserError(f"--batch-size {args.batch_size} cannot be split evenly among {args.processes} processes")
+    args.warmup = args.depth >= 110 if args.warmup is None else args.warmup
     name = "plain" if args.plain else "resnet" if args.shortcut == "A" else f"resnet-{args.shortcut}"
     name += f"-{args.depth}"
     name += "" if args.dataset == "cifar10" else f"-{args.dataset}"
     name += "-val" if args.val else ""
     name += f"-seed{args.seed}" if args.seed else ""
     folder = Path(args.output_dir or f"runs/{name}")
-    path = folder / "model.pt"
-    if args.test_only and not path.exists():
-        raise UserError(f"{path} does not exist: train the net first, or name its folder by --output-dir")
-    if not args.test_only and any((folder / file).exists() for file in ("run.json", "log.csv", "model.pt")):
-        raise UserError(f"{folder} already holds a run: name another folder by --output-dir, or remove this one")
-    args.warmup = args.depth >= 110 if args.warmup is None else args.warmup
+    path = folder / "checkpoint.pt"
+    title = f"plain-{args.depth}" if args.plain else f"ResNet-{args.depth}, option {args.shortcut}"
+    test = "validation" if args.val else "test"
+
+    saved, progress = None, Progress(warm=args.warmup)
+    if args.test_only:
+        if not path.exists():
+            raise UserError(f"{path} does not exist: train the net first, or name its folder by --output-dir")
+        saved, progress = load(path, args, NET + ["val"] * args.val)  # or it has seen the images that --val holds out
+    elif args.resume and path.exists():
+        saved, progress = load(path, args, NET + RECIPE)
+        args.iterations = args.iterations or saved["arguments"]["iterations"]
+        args.eval_every = args.eval_every or saved["arguments"]["eval_every"]
+        if progress.rows and progress.rows[-1][0] == progress.iteration == args.iterations:
+            write_log(folder, args, progress)
+            print(f"{title} in {folder} has finished: {test} error {progress.rows[-1][4]:.2f} % after the last of "
+                  f"{args.iterations:,} iterations")
+            return
+        if progress.iteration >= args.iterations:
+            raise UserError(f"{path} has {progress.iteration:,} iterations: ask for more by --iterations")
+    elif not args.resume and any((folder / file).exists() for file in ("run.json", "log.csv", "checkpoint.pt")):
+        raise UserError(f"{folder} already holds a run: go on with it by --resume, or name another --output-dir")
+    elif args.resume and (folder / "log.csv").exists():
+        raise UserError(f"{folder} has a log.csv, but no checkpoint.pt to go on from: name another --output-dir")
+    if total(torch.tensor(progress.iteration), dist.ReduceOp.MAX).item() > progress.iteration:
+        raise UserError(f"{path} must be on a disk that all machines share")
+    args.iterations = args.iterations or 64_000
     args.eval_every = args.eval_every or min(500, math.ceil(args.iterations / 10))
+    if args.iterations not in progress.planned[-1:]:
+        progress.planned.append(args.iterations)
 
     device = pick_device(args.device)
-    data = load_data(args.dataset, args.data_dir, args.val, device)
+    turn = 0 if args.processes == 1 or dist.get_rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+    for k in range(3):  # the first process of all downloads; then that of each machine, if its disk is another
+        if k == turn:
+            data = load_data(args.dataset, args.data_dir, args.val, device)
+        total(torch.zeros(1))
     torch.manual_seed(args.seed)
     net = ResNet(args.depth, args.plain, args.shortcut, len(data.classes))
     net = net.to(device, memory_format=torch.channels_last)  # often faster for convolutions
-    title = f"plain-{args.depth}" if args.plain else f"ResNet-{args.depth}, option {args.shortcut}"
-    test = "validation" if args.val else "test"
+    optimizer = make_optimizer(net, args)
+    if saved:
+        with reading(path):
+            if saved["classes"] != data.classes:
+                raise UserError(f"{path} is of a net for the classes {', '.join(saved['classes'])}, not "
+                                f"{', '.join(data.classes)}")
+            if args.resume and not torch.equal(saved["mean"], data.mean.cpu()):
+                raise UserError(f"{path} is of a run on other images than those of --data-dir {args.data_dir}")
+            net.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     versions = [f"{m.__name__} {m.__version__}" for m in (torch, torchvision)] + [f"Python {platform.python_version()}"]
-    print(f"device  {device} ({hardware}), {', '.join(versions)}\n"
+    several = "" if args.processes == 1 else f"{args.processes} processes, each on "
+    print(f"device  {several}{device} ({hardware}), {', '.join(versions)}\n"
           f"net     {title}, {sum(p.numel() for p in net.parameters()):,} parameters\n"
           f"data    {args.dataset}, {len(data.images):,} training and {len(data.test_images):,} {test} images, "
           f"{len(data.classes)} classes", flush=True)
     if args.test_only:
-        iteration, mean = load(path, net, title, data, args.val)
-        error = evaluate(net, data.test_images, data.test_labels, mean)
-        print(f"{title}, after {iteration:,} iterations: {test} error {error:.2f} %")
+        error = evaluate(net, data.test_images, data.test_labels, saved["mean"].to(device))
+        print(f"{title}, after {progress.iteration:,} iterations: {test} error {error:.2f} %")
         return
 
     print(f"recipe  {args.iterations:,} iterations of {args.batch_size}, SGD, rate {args.lr:g}, "
           f"momentum {args.momentum:g}, weight decay {args.weight_decay:g}, warm-up {'on' if args.warmup else 'off'}, "
-          f"seed {args.seed}\noutput  {folder}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    repeat = {"arguments": vars(args), "versions": versions, "device": str(device), "hardware": hardware}
-    with open(folder / "run.json", "x") as file:
-        json.dump(repeat, file, indent=2)
-    error = fit(net, title, data, args, folder)
-    asked = ("plain", "shortcut", "dataset", "val", "iterations", "batch_size", "lr", "momentum", "weight_decay")
+          f"seed {args.seed}\noutput  {folder}{f', on from iteration {progress.iteration:,}' if args.resume else ''}",
+          flush=True)
+    with catch_signals() as caught:
+        if turn == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not args.resume:
+                open(folder / "run.json", "x").close()  # of two runs that want the folder, one gets it
+            repeat = {"arguments": vars(args), "versions": versions, "device": str(device), "hardware": hardware}
+            write(folder / "run.json", json.dumps(repeat, indent=2).encode())
+        save(folder, net, optimizer, data, args, progress)
+        error = fit(net, optimizer, data, args, progress, folder, caught, again)
+    asked = ("plain", "shortcut", "dataset", "val", "batch_size", "lr", "momentum", "weight_decay")
     as_paper = all(vars(args)[k] == parser.get_default(k) for k in asked) and args.warmup == (args.depth >= 110)
+    as_paper = as_paper and progress.planned == [64_000]
     paper = f" (the paper: {PAPER[args.depth]})" if as_paper and args.depth in PAPER else ""
     print(f"{title}: {test} error {error:.2f} % after the last iteration{paper}; the net is in {path}")
+    if caught:
+        sys.exit(128 + caught[0])
 
 
 def main(argv=None):
-    """The program. Ends with one line and status 2 for what the user can mend, 1 for a loss that is not finite."""
+    """The program. Ends with one line and status 2 for what the user can mend, 1 for a run that had to stop."""
     parser = make_parser()
     warnings.filterwarnings("ignore", module="PIL")  # of bad images: the error is enough
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a folder's name, say, that the terminal cannot show
+    words = sys.argv[1:] if argv is None else argv
+    again = "python"
+    if dist.is_torchelastic_launched():
+        again = f"torchrun --nnodes={os.environ['GROUP_WORLD_SIZE']} --nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"
+    again += " " + shlex.join([sys.argv[0], *words] + ["--resume"] * ("--resume" not in words))
     try:
-        run(parser, argv)
+        join()
+        run(parser, argv, again)
     except UserError as error:
         parser.error(str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
+        end(1, f"resnet.py: stopped: nobody reads the output any more. To go on: {again}")
     except OSError as error:
         parser.error(f"{error} (--output-dir and --data-dir choose the folders)")
     except RuntimeError as error:
-        if not any(words in str(error) for words in ("out of memory", "allocate memory", "not enough memory")):
+        line = str(error).splitlines()[0]
+        if any(phrase in line for phrase in ("out of memory", "allocate memory", "not enough memory")):
+            parser.error(f"{line} (a smaller --batch-size or --depth needs less)")
+        if "gloo/transport" not in line:
             raise
-        parser.error(f"{str(error).splitlines()[0]} (a smaller --batch-size or --depth needs less)")
+        end(1, f"resnet.py: stopped: another process has ended. To go on: {again}")
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -7,9 +7,15 @@ out by hand, torchvision, or a loop over single images and pixels.
 import ast
 import copy
 import csv
+import itertools
 import json
+import multiprocessing
+import os
 import pickle
+import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -358,6 +364,13 @@ def test_no_image_is_dropped_or_repeated_within_an_epoch(count, batch_size):
         assert order == resnet.draw_epoch(count, 7, epoch)[0].tolist()
 
 
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (10, 10), (3, 8), (12, 4)])
+def test_batches_can_begin_anywhere(count, batch_size):
+    from_the_first = resnet.batches(count, batch_size, 5, "cpu")
+    for start, draws in zip(range(9), from_the_first, strict=False):
+        assert torch.equal(next(resnet.batches(count, batch_size, 5, "cpu", start)), draws), start
+
+
 def test_mean_is_per_pixel_and_of_the_training_images(tmp_path):
     write_folder(tmp_path)
     pixels = torch.randint(256, (32, 32, 3), dtype=torch.uint8)
@@ -468,6 +481,12 @@ def recipe(**changes):
     return Namespace(**{**values, **changes})
 
 
+def steps_of(net, data, args, progress=None):
+    """What train() yields for this net, from the beginning or from progress on."""
+    progress = progress or resnet.Progress(warm=args.warmup)
+    return resnet.train(net, resnet.make_optimizer(net, args), data, args, progress)
+
+
 def small_data(count=40, classes=10):
     g = torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, 3, 32, 32), generator=g, dtype=torch.uint8)
@@ -495,7 +514,7 @@ class Constant(nn.Module):
 def test_warmup_ends_when_the_training_error_is_below_80_percent(right, ends):
     labels = (torch.arange(50) >= right).long()  # class 0 is the right answer for so many of 50
     args = recipe(warmup=True, batch_size=50, iterations=400)
-    rates = [rate for _, rate, _, _ in resnet.train(Constant(), black_data(labels), args)]
+    rates = [rate for rate, _, _ in steps_of(Constant(), black_data(labels), args)]
     expected = [0.01] * 400 if ends is None else [0.01] * ends + [0.1] * (200 - ends) + [0.01] * 200
     assert rates[:300] == pytest.approx(expected[:300])
     assert rates[300:] == pytest.approx([0.001] * 100)
@@ -514,7 +533,7 @@ def test_warmup_looks_at_each_100_iterations_by_themselves():
 
     args = recipe(warmup=True, batch_size=50, iterations=500)
     data = black_data(torch.ones(50, dtype=torch.long))
-    rates = [rate for _, rate, _, _ in resnet.train(Scripted(), data, args)]
+    rates = [rate for rate, _, _ in steps_of(Scripted(), data, args)]
     assert rates[:250] == pytest.approx([0.01] * 200 + [0.1] * 50)
 
 
@@ -526,7 +545,8 @@ def test_train_is_the_recipe_written_out():
     net = resnet.ResNet(8).double()
     other = copy.deepcopy(net)
     data = data._replace(mean=data.mean.double())
-    steps = list(resnet.train(net, data, args))
+    progress = resnet.Progress()
+    steps = [(progress.iteration, *step) for step in steps_of(net, data, args, progress)]
 
     velocity = [torch.zeros_like(p) for p in other.parameters()]
     draws = torch.cat([resnet.draw_epoch(10, 3, epoch) for epoch in range(4)], dim=1)
@@ -613,13 +633,36 @@ def test_cuda_equals_cpu():
     data = data._replace(mean=data.mean.double())
     there = data._replace(**{k: v.cuda() for k, v in data._asdict().items() if k != "classes"})
     on_cuda = copy.deepcopy(net).cuda()
-    for (*_, loss, wrong), (*_, loss_there, wrong_there) in zip(resnet.train(net, data, args),
-                                                                resnet.train(on_cuda, there, args), strict=True):
+    for (_, loss, wrong), (_, loss_there, wrong_there) in zip(steps_of(net, data, args), steps_of(on_cuda, there, args),
+                                                              strict=True):
         torch.testing.assert_close(loss_there.cpu(), loss, rtol=1e-5, atol=1e-6)
         assert wrong_there.item() == wrong.item()
 
 
 # ----- The program --------------------------------------------------------------------------------------------------
+
+
+def script(monkeypatch, steps, errors=None):
+    """Have train() yield steps, of (iteration, rate, loss, wrong answers), and evaluate() return errors, or 50."""
+    def train(net, optimizer, data, args, progress):
+        for iteration, rate, loss, wrong in steps:
+            progress.iteration = iteration
+            yield rate, torch.tensor(loss), torch.tensor(wrong)
+
+    monkeypatch.setattr(resnet, "train", train)
+    monkeypatch.setattr(resnet, "evaluate", lambda *_: next(errors) if errors else 50.0)
+
+
+def fit(folder, *argv, net=None, data=None, caught=()):
+    """fit() as run() calls it."""
+    args = resnet.make_parser().parse_args([str(word) for word in argv])
+    net = net or resnet.ResNet(8)
+    return resnet.fit(net, resnet.make_optimizer(net, args), data or small_data(), args, resnet.Progress(), folder,
+                      caught, "python resnet.py --resume")
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
 def test_program_on_a_folder_then_test_only(tmp_path):
@@ -631,7 +674,7 @@ def test_program_on_a_folder_then_test_only(tmp_path):
                           capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     folder = tmp_path / "runs" / "plain-8-folder"
-    assert sorted(path.name for path in folder.iterdir()) == ["log.csv", "model.pt", "run.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "log.csv", "run.json"]
     for words in ("cpu", torch.__version__, "plain-8", "74,770 parameters", "12 training and 8 test", "2 classes"):
         assert words in done.stdout, words
     assert "\r" not in done.stdout and "the paper" not in done.stdout
@@ -653,23 +696,23 @@ def test_program_on_a_folder_then_test_only(tmp_path):
 def test_rows_hold_what_was_trained_and_evaluated(tmp_path, capsys, monkeypatch):
     """fit() fed with known losses, answers, errors and times: 5 iterations of 8 images, a row every 2."""
     steps = [(1, 0.1, 4.0, 8), (2, 0.1, 2.0, 4), (3, 0.01, 1.0, 3), (4, 0.01, 0.5, 1), (5, 0.001, 0.25, 2)]
-    errors, seen, now, data = [30.0, 10.0, 20.0], [], [0.0], small_data()
+    errors, seen, now, data = iter([30.0, 10.0, 20.0]), [], [0.0], small_data()
 
-    def train(net, data, args):
-        for iteration, rate, loss, wrong in steps:
+    def clock(steps):
+        for step in steps:
             now[0] += 2.0
-            yield iteration, rate, torch.tensor(loss), torch.tensor(wrong)
+            yield step
 
     def evaluate(net, *inputs):
         now[0] += 100.0
         seen.append(inputs)
-        return errors[len(seen) - 1]
+        return next(errors)
 
-    monkeypatch.setattr(resnet, "train", train)
+    script(monkeypatch, clock(steps))
     monkeypatch.setattr(resnet, "evaluate", evaluate)
     monkeypatch.setattr(resnet.time, "perf_counter", lambda: now[0])
-    args = resnet.make_parser().parse_args(["--iterations", "5", "--batch-size", "8", "--eval-every", "2", "--val"])
-    assert resnet.fit(resnet.ResNet(8), "a net", data, args, tmp_path) == 20.0  # the last, not the best
+    argv = ["--iterations", 5, "--batch-size", 8, "--eval-every", 2, "--val"]
+    assert fit(tmp_path, *argv, data=data) == 20.0  # the last, not the best
     assert [[float(value) for value in row.values()] for row in rows_of(tmp_path)] == [
         [2, 0.1, 3.0, 75.0, 30.0, 4, 104], [4, 0.01, 0.75, 25.0, 10.0, 4, 208], [5, 0.001, 0.25, 25.0, 20.0, 4, 310]]
     assert list(rows_of(tmp_path)[0]) == ["iteration", "rate", "train_loss", "train_error", "val_error", "images_per_s",
@@ -678,8 +721,8 @@ def test_rows_hold_what_was_trained_and_evaluated(tmp_path, capsys, monkeypatch)
         assert [id(t) for t in inputs] == [id(t) for t in (data.test_images, data.test_labels, data.mean)]
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert table[-1] == ["5", "0.001", "0.2500", "25.00", "%", "20.00", "%", "4", "0:05:10"]
-    saved = torch.load(tmp_path / "model.pt", weights_only=True)
-    assert (saved["iteration"], saved["net"]) == (5, "a net") and torch.equal(saved["mean"], data.mean)
+    saved = checkpoint(tmp_path)
+    assert saved["progress"]["iteration"] == 5 and torch.equal(saved["mean"], data.mean)
 
 
 @pytest.mark.parametrize("live", [False, True])
@@ -687,16 +730,14 @@ def test_lines_between_rows_tell_the_time_left(live, tmp_path, capsys, monkeypat
     now = [0.0]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: live)
 
-    def train(net, data, args):
+    def steps():
         for iteration in range(1, 101):
             now[0] += 12.0
-            yield iteration, 0.1, torch.tensor(1.0), torch.tensor(4)
+            yield iteration, 0.1, 1.0, 4
 
-    monkeypatch.setattr(resnet, "train", train)
-    monkeypatch.setattr(resnet, "evaluate", lambda *_: 50.0)
+    script(monkeypatch, steps())
     monkeypatch.setattr(resnet.time, "perf_counter", lambda: now[0])
-    args = resnet.make_parser().parse_args(["--iterations", "100", "--batch-size", "24", "--eval-every", "100"])
-    resnet.fit(resnet.ResNet(8), "a net", small_data(), args, tmp_path)
+    fit(tmp_path, "--iterations", 100, "--batch-size", 24, "--eval-every", 100)
     out = capsys.readouterr().out
     if live:  # each second, so at each iteration: over the line before, until the row stays
         lines = out.split("\r\033[K")
@@ -710,13 +751,12 @@ def test_lines_between_rows_tell_the_time_left(live, tmp_path, capsys, monkeypat
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_loss_that_is_not_finite_stops_before_the_net_is_saved(loss, tmp_path, capsys, monkeypatch):
-    steps = [(i, 0.1, torch.tensor(loss if i == 2 else 1.0), torch.tensor(1)) for i in (1, 2, 3, 4)]
-    monkeypatch.setattr(resnet, "train", lambda *_: iter(steps))
-    monkeypatch.setattr(resnet, "evaluate", lambda *_: 50.0)
-    args = resnet.make_parser().parse_args(["--iterations", "4", "--eval-every", "1"])
-    with pytest.raises(SystemExit, match=r"not finite by iteration 2 \(loss (nan|inf)\)"):
-        resnet.fit(resnet.ResNet(8), "a net", small_data(), args, tmp_path)
-    assert torch.load(tmp_path / "model.pt", weights_only=True)["iteration"] == 1
+    script(monkeypatch, [(i, 0.1, loss if i == 2 else 1.0, 1) for i in (1, 2, 3, 4)])
+    with pytest.raises(SystemExit) as end:
+        fit(tmp_path, "--iterations", 4, "--eval-every", 1)
+    assert end.value.code == 1
+    assert f"not finite, at iteration 2 (loss {loss})" in capsys.readouterr().err
+    assert checkpoint(tmp_path)["progress"]["iteration"] == 1
     assert [row["iteration"] for row in rows_of(tmp_path)] == ["1"]
 
 
@@ -724,7 +764,7 @@ def test_test_only_subtracts_the_mean_of_the_training(tmp_path, capsys, monkeypa
     argv = ["--dataset", "folder", "--depth", 8, "--output-dir", tmp_path / "run", "--data-dir"]
     run(capsys, *argv, write_folder(tmp_path / "data"), "--iterations", 2)
     mean = resnet.load_data("folder", tmp_path / "data", False, "cpu").mean
-    seen, saved = [], torch.load(tmp_path / "run" / "model.pt", weights_only=True)["model"]
+    seen, saved = [], checkpoint(tmp_path / "run")["model"]
     monkeypatch.setattr(resnet, "evaluate", lambda *inputs: seen.append(inputs) or 0.0)
     status, _, _ = run(capsys, *argv, write_folder(tmp_path / "more", train=9), "--test-only")
     assert status == 0 and torch.equal(seen[0][3], mean)
@@ -746,7 +786,7 @@ def test_saved_net_loads_into_a_bare_one(tmp_path, capsys):
     write_folder(tmp_path / "data", classes=("a", "b", "c"))
     run(capsys, "--dataset", "folder", "--data-dir", tmp_path / "data", "--depth", 8, "--shortcut", "B",
         "--iterations", 2, "--output-dir", tmp_path / "run")
-    saved = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
+    saved = checkpoint(tmp_path / "run")
     net = resnet.ResNet(8, shortcut="B", num_classes=3)
     net.load_state_dict(saved["model"])
     assert saved["mean"].shape == (3, 32, 32) and saved["classes"] == ["a", "b", "c"]
@@ -759,7 +799,7 @@ def test_same_seed_same_bits(tmp_path, capsys):
         run(capsys, "--dataset", "folder", "--data-dir", tmp_path / "data", "--depth", 8, "--iterations", 6,
             "--batch-size", 8, "--device", "cpu", "--output-dir", tmp_path / name, "--seed", seed)
         rows = [list(row.values())[:5] for row in rows_of(tmp_path / name)]
-        results.append((rows, torch.load(tmp_path / name / "model.pt", weights_only=True)["model"]))
+        results.append((rows, checkpoint(tmp_path / name)["model"]))
     (rows, one), (same_rows, two), (other_rows, _) = results
     assert rows == same_rows != other_rows
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -770,7 +810,7 @@ def test_seed_decides_the_initial_weights(tmp_path, capsys):
             "--lr", 0]
     for seed in (5, 6):
         run(capsys, *argv, "--output-dir", tmp_path / f"{seed}", "--seed", seed)
-    five, six = (torch.load(tmp_path / f"{seed}" / "model.pt", weights_only=True)["model"] for seed in (5, 6))
+    five, six = (checkpoint(tmp_path / f"{seed}")["model"] for seed in (5, 6))
     for name in five:
         if "conv" in name or name == "fc.weight":
             assert not torch.equal(five[name], six[name]), name
@@ -890,57 +930,35 @@ def test_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
     assert before == (tmp_path / "run" / "run.json").read_bytes()
 
 
-def test_weights_that_are_not_finite_stop_before_the_net_is_saved(tmp_path, monkeypatch):
+def test_weights_that_are_not_finite_stop_before_the_net_is_saved(tmp_path, capsys, monkeypatch):
     """A loss is of the weights before the step: it can be finite although the step broke the net."""
     net = resnet.ResNet(8)
 
-    def train(*_):
-        yield 1, 0.1, torch.tensor(1.0), torch.tensor(1)
+    def steps():
+        yield 1, 0.1, 1.0, 1
         net.fc.bias.data[3] = float("inf")
-        yield 2, 0.1, torch.tensor(1.0), torch.tensor(1)
+        yield 2, 0.1, 1.0, 1
 
-    monkeypatch.setattr(resnet, "train", train)
-    monkeypatch.setattr(resnet, "evaluate", lambda *_: 50.0)
-    args = resnet.make_parser().parse_args(["--iterations", "2", "--eval-every", "1"])
-    with pytest.raises(SystemExit, match="a weight is not finite by iteration 2"):
-        resnet.fit(net, "a net", small_data(), args, tmp_path)
-    assert torch.load(tmp_path / "model.pt", weights_only=True)["iteration"] == 1
-
-
-def test_files_are_whole_at_every_moment(tmp_path, monkeypatch):
-    steps = [(i, 0.1, torch.tensor(1.0), torch.tensor(1)) for i in (1, 2)]
-
-    def full_disk(content, path):
-        Path(path).write_bytes(b"half")
-        raise OSError("no space left")
-
-    def evaluate(*_):
-        if (tmp_path / "model.pt").exists():  # the second row: the first is on the disk
-            assert [row["iteration"] for row in rows_of(tmp_path)] == ["1"]
-            monkeypatch.setattr(torch, "save", full_disk)
-        return 50.0
-
-    monkeypatch.setattr(resnet, "train", lambda *_: iter(steps))
-    monkeypatch.setattr(resnet, "evaluate", evaluate)
-    args = resnet.make_parser().parse_args(["--iterations", "2", "--eval-every", "1"])
-    with pytest.raises(OSError, match="no space"):
-        resnet.fit(resnet.ResNet(8), "a net", small_data(), args, tmp_path)
-    assert torch.load(tmp_path / "model.pt", weights_only=True)["iteration"] == 1
+    script(monkeypatch, steps())
+    with pytest.raises(SystemExit):
+        fit(tmp_path, "--iterations", 2, "--eval-every", 1, net=net)
+    assert "weight that is not finite, at iteration 2" in capsys.readouterr().err
+    assert checkpoint(tmp_path)["progress"]["iteration"] == 1
 
 
 @pytest.mark.parametrize("content", [
     b"", b"no net", pickle.dumps({"model": 1}), [], torch.zeros(3), torchvision.models.resnet18().state_dict(),
-    {"net": "ResNet-8, option A", "classes": ["cat", "dog"], "val": False, "iteration": 1, "mean": 0, "model": {}},
-    {"net": 8, "classes": None, "iteration": [], "mean": "", "model": 0}], ids=lambda content: type(content).__name__)
+    {"arguments": {"depth": 8, "plain": False, "shortcut": "A"}, "classes": ["cat", "dog"], "mean": 0, "model": {},
+     "optimizer": {}, "progress": {}}, {"arguments": 8, "progress": []}], ids=lambda content: type(content).__name__)
 def test_file_that_is_no_saved_net(content, tmp_path, capsys):
     if isinstance(content, bytes):
-        (tmp_path / "model.pt").write_bytes(content)
+        (tmp_path / "checkpoint.pt").write_bytes(content)
     else:
-        torch.save(content, tmp_path / "model.pt")
+        torch.save(content, tmp_path / "checkpoint.pt")
     with warnings.catch_warnings(record=True) as caught:  # a warning would be a second line
         status, _, err = run(capsys, "--dataset", "folder", "--data-dir", write_folder(tmp_path / "data"), "--depth", 8,
                              "--test-only", "--output-dir", tmp_path)
-    assert status == 2 and "model.pt is not a net" in err and len(err.splitlines()) == 1 and not caught
+    assert status == 2 and "checkpoint.pt is not a checkpoint" in err and len(err.splitlines()) == 1 and not caught
 
 
 @pytest.mark.parametrize(("cuda", "mps", "best"), [(1, 1, "cuda"), (1, 0, "cuda"), (0, 1, "mps"), (0, 0, "cpu")])
@@ -958,10 +976,10 @@ class Bomb:
 
 def test_code_in_a_saved_net_is_not_run(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": Bomb()}, "model.pt")
+    torch.save({"model": Bomb()}, "checkpoint.pt")
     status, _, err = run(capsys, "--dataset", "folder", "--data-dir", write_folder(tmp_path / "data"), "--depth", 8,
                          "--test-only", "--output-dir", tmp_path)
-    assert status == 2 and "model.pt is not a net" in err and not Path("exploded").exists()
+    assert status == 2 and "checkpoint.pt is not a checkpoint" in err and not Path("exploded").exists()
 
 
 @pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2 GiB.\nmore", "can't allocate memory"])
@@ -982,7 +1000,7 @@ def test_saved_net_is_not_taken_for_another(tmp_path, capsys):
                   ["--depth", 8, "--data-dir", write_folder(tmp_path / "other", classes=("cat", "fox"))],
                   ["--depth", 8, "--val", "--data-dir", write_folder(tmp_path / "many", train=2501)]):
         status, _, err = run(capsys, *argv, "--test-only", *other)
-        assert status == 2 and "holds ResNet-8, option A" in err and len(err.splitlines()) == 1, other
+        assert status == 2 and "checkpoint.pt is of a" in err and len(err.splitlines()) == 1, other
 
 
 @pytest.mark.parametrize(("argv", "shown"), [
@@ -1001,8 +1019,12 @@ def test_paper_stands_only_beside_its_own_recipe(argv, shown, tmp_path, capsys, 
     assert ("validation error 12.34 %" in out) == ("--val" in argv)
 
 
-def test_defaults_are_the_papers():
-    args = resnet.make_parser().parse_args([])
+def test_defaults_are_the_papers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(resnet, "load_data", lambda *_: small_data())
+    monkeypatch.setattr(resnet, "fit", lambda *inputs: seen.append(inputs[3]) or 50.0)
+    seen = []
+    run(capsys, "--output-dir", tmp_path)
+    args = seen[0]
     assert (args.iterations, args.batch_size) == (64_000, 128)
     assert (args.lr, args.momentum, args.weight_decay) == (0.1, 0.9, 0.0001)
     assert (args.dataset, args.val, args.plain, args.shortcut) == ("cifar10", False, False, "A")
@@ -1013,7 +1035,7 @@ def test_defaults_are_the_papers():
 def test_warmup_is_for_110_layers_and_more_or_on_request(depth, argv, warmup, tmp_path, capsys, monkeypatch):
     seen = []
     monkeypatch.setattr(resnet, "load_data", lambda *_: small_data())
-    monkeypatch.setattr(resnet, "fit", lambda net, title, data, args, folder: seen.append(args) or 12.34)
+    monkeypatch.setattr(resnet, "fit", lambda *inputs: seen.append(inputs[3]) or 12.34)
     run(capsys, "--depth", depth, *argv, "--iterations", 45, "--output-dir", tmp_path)
     assert seen[0].warmup is warmup and seen[0].eval_every == 5
     assert json.loads((tmp_path / "run.json").read_text())["arguments"] == vars(seen[0])
@@ -1028,6 +1050,343 @@ def test_default_folder_names_the_run(argv, folder, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(resnet, "fit", lambda *_: 12.34)
     run(capsys, *argv)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder]
+
+
+# ----- Long runs: interruption and faults ---------------------------------------------------------------------------
+
+
+def in_child(argv, output, limit):
+    with open(output, "a") as sys.stdout:
+        sys.stderr = sys.stdout
+        torch.set_num_threads(1)
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        resnet.main([str(word) for word in argv])
+
+
+@pytest.fixture
+def spawn(tmp_path):
+    """Start the program in a process of its own, forked from one that has imported torch already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+
+    def start(*argv, limit=None):
+        child = context.Process(target=in_child, args=(argv, tmp_path / "output", limit))
+        child.start()
+        return child
+
+    return start
+
+
+def facts(folder):
+    """All that must be the same in two runs: not the seconds and images/s, and where and how they were started."""
+    saved = checkpoint(folder)
+    rows = [list(row.values())[:5] for row in rows_of(folder)]
+    assert rows == [[str(value) for value in row[:5]] for row in saved["progress"]["rows"]]
+    del saved["progress"]["seconds"], saved["progress"]["rows"], saved["arguments"]["output_dir"]
+    del saved["arguments"]["resume"]
+    return rows, saved
+
+
+def assert_same(one, other, where=""):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where} {key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for k, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{where} {k}")
+    else:
+        assert one == other, where
+
+
+@pytest.fixture
+def long_run(tmp_path):
+    """Arguments of a run of about 4 seconds that warms up for a part of them."""
+    names = [f"class{k:02d}" for k in range(12)]
+    for part, k in itertools.product(("train", "test"), range(12)):
+        (tmp_path / "data" / part / names[k]).mkdir(parents=True)
+        for i in range(3):
+            image = torch.randint(256, (32, 32, 3), generator=torch.Generator().manual_seed(100 * k + i))
+            Image.fromarray(image.byte().numpy()).save(tmp_path / "data" / part / names[k] / f"{i}.png")
+    return ["--dataset", "folder", "--data-dir", tmp_path / "data", "--depth", 8, "--iterations", 700, "--batch-size",
+            4, "--eval-every", 30, "--warmup", "--device", "cpu"]
+
+
+def test_20_kills_change_nothing(long_run, spawn, tmp_path):
+    """SIGKILL, SIGTERM or SIGINT at random moments; after each, the run goes on, and ends like one left alone."""
+    child = spawn(*long_run, "--output-dir", tmp_path / "alone")
+    child.join()
+    assert child.exitcode == 0
+    rows, expected = facts(tmp_path / "alone")
+    assert [row[0] for row in rows] == [str(i) for i in [*range(30, 700, 30), 700]]
+    assert [float(row[1]) for row in rows[:3]] == pytest.approx([0.01] * 3) and "0.1" in [row[1] for row in rows]
+    chance, kills, finished, reached = random.Random(0), 0, 0, 0
+    while kills < 20 or not finished:
+        folder = tmp_path / f"killed{finished}"
+        child = spawn(*long_run, "--output-dir", folder, "--resume")
+        number = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+        child.join(chance.uniform(0.05, 0.9) if kills < 20 else None)
+        if child.exitcode is None:
+            os.kill(child.pid, number)
+            child.join()
+            kills += 1
+            assert child.exitcode in (-number, 128 + number, 0)  # 0: at its last breath
+        else:
+            assert child.exitcode == 0
+        if (folder / "checkpoint.pt").exists():
+            iteration = checkpoint(folder)["progress"]["iteration"]
+            assert iteration >= reached
+            reached = 0 if iteration == 700 else iteration
+            if iteration == 700:
+                child = spawn(*long_run, "--output-dir", folder, "--resume")
+                child.join()
+                assert child.exitcode == 0
+                assert_same(facts(folder), (rows, expected))
+                assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "log.csv", "run.json"]
+                finished += 1
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_tell_how_to_go_on(number, status, tmp_path, capsys, monkeypatch):
+    def steps():
+        yield 1, 0.1, 3.0, 1
+        os.kill(os.getpid(), number)
+        yield 2, 0.1, 2.0, 1
+        raise AssertionError("went on")
+
+    script(monkeypatch, steps())
+    monkeypatch.setattr(resnet, "load_data", lambda *_: small_data())
+    monkeypatch.setattr(sys, "argv", ["resnet.py"])
+    ended, _, err = run(capsys, "--depth", 8, "--eval-every", 5, "--output-dir", tmp_path / "a run")
+    assert ended == status
+    assert err == (f"resnet.py: stopped by {number.name}; iteration 2 of 64,000 is saved. To go on: python resnet.py "
+                   f"--depth 8 --eval-every 5 --output-dir '{tmp_path}/a run' --resume\n")
+    progress = checkpoint(tmp_path / "a run")["progress"]
+    assert (progress["iteration"], progress["loss"], progress["wrong"], progress["rows"]) == (2, 5.0, 2, [])
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_signal_while_evaluating(last, tmp_path, capsys, monkeypatch):
+    """The evaluation comes to its end, and its row is saved; after the last one the run is complete."""
+    script(monkeypatch, [(1, 0.1, 1.0, 1), (2, 0.1, 1.0, 1)][:1 if last else 2])
+    monkeypatch.setattr(resnet, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or 50.0)
+    monkeypatch.setattr(resnet, "load_data", lambda *_: small_data())
+    argv = ["--depth", 8, "--iterations", 1 if last else 2, "--eval-every", 1, "--output-dir", tmp_path]
+    status, out, err = run(capsys, *argv)
+    assert status == 143 and [row["iteration"] for row in rows_of(tmp_path)] == ["1"]
+    assert ("after the last iteration" in out, "--resume" in err) == (last, not last)
+
+
+def test_full_disk_keeps_the_last_checkpoint(long_run, spawn, tmp_path):
+    argv = [*long_run, "--iterations", 90]
+    for name, limit in (("alone", None), ("full", 450_000)):  # enough for the first checkpoint, without momentum
+        child = spawn(*argv, "--output-dir", tmp_path / name, limit=limit)
+        child.join()
+        assert child.exitcode == (1 if limit else 0)
+    last = (tmp_path / "output").read_text().splitlines()[-1]
+    assert "checkpoint.pt cannot be written: File too large; the last checkpoint is kept" in last and "--resume" in last
+    assert checkpoint(tmp_path / "full")["progress"]["iteration"] == 0
+    assert not list((tmp_path / "full").glob("*.new"))
+    child = spawn(*argv, "--output-dir", tmp_path / "full", "--resume")
+    child.join()
+    assert_same(facts(tmp_path / "full"), facts(tmp_path / "alone"))
+
+
+@pytest.fixture
+def short_run(tmp_path, capsys):
+    argv = ["--dataset", "folder", "--data-dir", write_folder(tmp_path / "data"), "--depth", 8, "--output-dir",
+            tmp_path / "run", "--iterations", 4, "--eval-every", 2, "--batch-size", 6]
+    assert run(capsys, *argv)[0] == 0
+    return argv
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (["--depth", 14], "depth 8, not 14"), (["--plain"], "plain False, not True"),
+    (["--shortcut", "B"], "shortcut A, not B"), (["--dataset", "synthetic"], "dataset folder, not synthetic"),
+    (["--batch-size", 12], "batch_size 6, not 12"), (["--seed", 1], "seed 0, not 1"), (["--lr", 1], "lr 0.1, not 1.0"),
+    (["--momentum", 0], "momentum 0.9, not 0.0"), (["--weight-decay", 0], "weight_decay 0.0001, not 0.0"),
+    (["--warmup"], "warmup False, not True"), (["--val"], "val False, not True"),
+    (["--depth", 14, "--seed", 1], "depth 8, not 14; seed 0, not 1"), (["--iterations", 3], "has 4 iterations")])
+def test_resuming_another_run_is_refused(change, words, short_run, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    status, out, err = run(capsys, *short_run, *change, "--resume")
+    assert (status, out) == (2, "") and words in err and len(err.splitlines()) == 1
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+def test_resuming_with_other_images_is_refused(short_run, tmp_path, capsys):
+    for change in ({"train": 7}, {"classes": ("cat", "fox")}):
+        root = write_folder(tmp_path / str(change), **change)
+        status, _, err = run(capsys, *short_run, "--data-dir", root, "--resume", "--iterations", 8)
+        assert status == 2 and len(err.splitlines()) == 1
+        assert "other images" in err if "train" in change else "the classes cat, dog, not cat, fox" in err
+
+
+def test_finished_run_says_so_and_mends_its_log(short_run, tmp_path, capsys):
+    before = checkpoint(tmp_path / "run")
+    log = (tmp_path / "run" / "log.csv").read_text()
+    (tmp_path / "run" / "log.csv").write_text(log[:-9] + "\nrubbish")
+    shutil.rmtree(tmp_path / "data")  # not needed any more
+    at = short_run.index("--iterations")
+    status, out, _ = run(capsys, *short_run[:at], *short_run[at + 2:], "--resume")
+    assert status == 0 and "has finished" in out and "after the last of 4 iterations" in out
+    assert (tmp_path / "run" / "log.csv").read_text() == log
+    assert_same(checkpoint(tmp_path / "run"), before)
+
+
+def test_more_iterations_go_on_by_their_own_schedule(short_run, tmp_path, capsys):
+    status, out, _ = run(capsys, *short_run, "--iterations", 12, "--resume")
+    assert status == 0 and "on from iteration 4" in out
+    rows = rows_of(tmp_path / "run")
+    assert [int(row["iteration"]) for row in rows] == [2, 4, 6, 8, 10, 12]
+    # 4 iterations: drops at 2 and 3. From there on 12 iterations: drops at 6 and 9.
+    assert [float(row["rate"]) for row in rows] == pytest.approx([0.1, 0.001, 0.1, 0.01, 0.001, 0.001])
+    assert checkpoint(tmp_path / "run")["progress"]["planned"] == [4, 12]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["arguments"]["iterations"] == 12
+
+
+def test_extended_run_is_not_the_papers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(resnet, "load_data", lambda *_: small_data())
+    script(monkeypatch, [(500, 0.1, 1.0, 1)])
+    run(capsys, "--iterations", 1000, "--output-dir", tmp_path)
+    script(monkeypatch, [(64_000, 0.1, 1.0, 1)])
+    status, out, _ = run(capsys, "--iterations", 64_000, "--output-dir", tmp_path, "--resume")
+    assert status == 0 and "the paper" not in out
+
+
+def test_resume_with_nothing_there_begins(tmp_path, capsys):
+    argv = ["--dataset", "folder", "--data-dir", write_folder(tmp_path / "data"), "--depth", 8, "--iterations", 2,
+            "--output-dir", tmp_path / "run", "--resume"]
+    status, out, _ = run(capsys, *argv)
+    assert status == 0 and "iteration 0" in out and len(rows_of(tmp_path / "run")) == 2
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    status, _, err = run(capsys, *argv)
+    assert status == 2 and "no checkpoint.pt" in err and len(rows_of(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("spoil", ["truncated", "empty", "bomb", "fifo", "folder"])
+def test_bad_checkpoint_is_one_line_and_stays(spoil, short_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "run" / "checkpoint.pt"
+    content = path.read_bytes()
+    path.unlink()
+    if spoil == "bomb":
+        torch.save({"arguments": Bomb(), "progress": Bomb()}, path)
+    elif spoil == "fifo":
+        os.mkfifo(path)
+    elif spoil == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(content[:len(content) // 2] if spoil == "truncated" else b"")
+    status, _, err = run(capsys, *short_run, "--resume")
+    assert status == 2 and str(path) in err and len(err.splitlines()) == 1 and not Path("exploded").exists()
+    assert len(rows_of(tmp_path / "run")) == 2
+
+
+def test_closed_output_ends_with_one_line(short_run, tmp_path):
+    """As with `| head`: nobody reads on."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, PROGRAM, *short_run[:-6], "--output-dir", tmp_path / "other"]
+    done = subprocess.run([str(word) for word in command], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert done.returncode == 1 and "--resume" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+# ----- Several processes --------------------------------------------------------------------------------------------
+
+
+def torchrun(folder, program, *argv):
+    """Two processes on this machine's CPU: (exit status, standard output, lines of resnet.py on standard error)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", program, *argv]
+    done = subprocess.run([str(word) for word in command], cwd=folder, capture_output=True, text=True, check=False,
+                          env={**os.environ, "PYTHONPATH": str(PROGRAM.parent), "OMP_NUM_THREADS": "1"}, timeout=120)
+    return done.returncode, done.stdout, [line for line in done.stderr.splitlines() if line.startswith("resnet.py:")]
+
+
+WORKER = """
+import sys, torch, resnet, test_resnet
+resnet.join()
+net, losses, error = test_resnet.frozen_steps()
+if torch.distributed.get_rank() == 0:
+    torch.save((net.state_dict(), losses, error), sys.argv[1])
+torch.distributed.destroy_process_group()
+"""
+
+
+def frozen_steps():
+    """Five steps of a net whose BN is in evaluation mode, and an evaluation."""
+    torch.manual_seed(0)
+    net = noisy(resnet.ResNet(8)).double()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval().train = lambda mode: None
+    data = small_data(count=503)
+    data = data._replace(mean=data.mean.double())
+    args = recipe(iterations=5, lr=1e-3)
+    model = nn.parallel.DistributedDataParallel(net) if torch.distributed.is_initialized() else net
+    progress = resnet.Progress()
+    steps = [(loss, wrong) for _, loss, wrong in resnet.train(model, resnet.make_optimizer(net, args), data, args,
+                                                              progress)]
+    return net, steps, resnet.evaluate(net, data.test_images, data.test_labels, data.mean)
+
+
+def test_two_processes_equal_one(tmp_path):
+    """With BN's statistics fixed, the gradients of two halves of a batch are those of the whole."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    status, _, _ = torchrun(tmp_path, "worker.py", "out.pt")
+    assert status == 0
+    state, steps, error = torch.load(tmp_path / "out.pt", weights_only=True)
+    net, expected, expected_error = frozen_steps()
+    assert error == expected_error
+    for (loss, wrong), (expected_loss, expected_wrong) in zip(steps, expected, strict=True):
+        torch.testing.assert_close(loss, expected_loss)
+        assert wrong == expected_wrong
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-10, atol=1e-12)
+
+
+KILLER = """
+import os, signal, sys, torch, resnet
+victim, real, calls = int(sys.argv.pop(1)), resnet.evaluate, []
+def evaluate(*inputs):
+    calls.append(1)
+    if len(calls) == 3 and torch.distributed.get_rank() == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*inputs)
+resnet.evaluate = evaluate
+resnet.main()
+"""
+
+
+def test_two_processes_survive_the_loss_of_one(tmp_path):
+    """A killed process ends the other, with one line; the run resumes, and ends like one left alone."""
+    (tmp_path / "killer.py").write_text(KILLER)
+    argv = ["--dataset", "folder", "--data-dir", write_folder(tmp_path / "data", train=9, test=5), "--depth", 8,
+            "--iterations", 12, "--eval-every", 2, "--batch-size", 6, "--device", "cpu", "--output-dir"]
+    status, out, err = torchrun(tmp_path, PROGRAM, *argv, "alone")
+    assert (status, err) == (0, []) and "2 processes" in out and out.count("after the last iteration") == 1
+    for victim in (0, 1):
+        status, out, err = torchrun(tmp_path, "killer.py", victim, *argv, f"{victim}", "--resume")
+        assert status != 0 and len(err) == 1 and "another process has ended" in err[0] and "--resume" in err[0]
+        assert len(rows_of(tmp_path / f"{victim}")) == 2
+    status, out, err = torchrun(tmp_path, PROGRAM, *argv, "1", "--resume")
+    assert (status, err) == (0, []) and "on from iteration 4" in out
+    assert_same(facts(tmp_path / "1"), facts(tmp_path / "alone"))
+
+
+def test_errors_of_several_processes_are_one_line(tmp_path):
+    for argv, words in ((["--batch-size", 7], "split evenly among 2"), (["--data-dir", "no"], "train/<class>")):
+        status, _, err = torchrun(tmp_path, PROGRAM, "--dataset", "folder", "--device", "cpu", *argv)
+        assert status != 0 and len(err) == 1 and words in err[0]
+
+
+# ----- The files ----------------------------------------------------------------------------------------------------
 
 
 def test_imports_at_the_top_are_torch_torchvision_and_the_standard_library():
