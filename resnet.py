@@ -7,7 +7,7 @@
     python resnet.py --dataset synthetic --iterations 200    # no download, no GPU: about a minute
     python resnet.py --help
 
-Parts 1 to 4 are the paper; a reader can stop there. Parts 5 to 7 are the program around it. Sections, equations,
+Parts 1 to 4 are the paper; a reader can stop there. Parts 5 to 8 are the program around it. Sections, equations,
 tables and figures are those of arXiv:1512.03385, and so are words in quotes. "Choice" marks what it leaves open.
 """
 import argparse
@@ -200,7 +200,7 @@ def augment(images, dy, dx, flip):
 def draw_epoch(count, seed, epoch):
     """Every image once, in random order, with a random crop and flip: int64 (4, count), rows index, dy, dx, flip.
 
-    It depends on the arguments alone, not on what was drawn before.
+    It depends on the arguments alone: a run that is resumed draws what it would have drawn.
     """
     # PyTorch's CPU generator uses only 32 bits of its seed: mix seed and epoch into those.
     g = torch.Generator().manual_seed(random.Random(f"{seed} {epoch}").getrandbits(32))
@@ -239,20 +239,15 @@ def learning_rate(iteration, iterations, base=0.1, warm=False):
 
 @dataclass
 class Progress:
-    """How far a run has come: with net and optimizer, all that it takes to go on as if it had never stopped."""
+    """Where the training stands."""
 
     iteration: int = 0  # iterations done
-    warm: bool = False  # in the warm-up, whose wrong answers since the last multiple of 100 iterations are
-    warm_wrong: torch.Tensor | int = 0
-    loss: torch.Tensor | float = 0.0  # sums over the iterations since the last row of the log: of the mean losses,
-    wrong: torch.Tensor | int = 0  # and of the wrong answers
-    seconds: float = 0.0
-    rows: list = field(default_factory=list)  # of the log
-    planned: list = field(default_factory=list)  # args.iterations; more than one if a resumed run was given others
+    warm: bool = False  # in the warm-up
+    warm_wrong: torch.Tensor | int = 0  # wrong answers since the last multiple of 100 iterations, while warm
 
 
 def make_optimizer(net, args):
-    """SGD with the paper's momentum, 0.9, and weight decay, 0.0001, if args has them."""
+    """SGD with the lr, momentum and weight_decay of args (the paper's: 0.1, 0.9 and 0.0001)."""
     # Choice: weight decay on all parameters, those of BN too; momentum as PyTorch defines it.
     return torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
 
@@ -261,9 +256,9 @@ def train(net, optimizer, data, args, progress):
     """Train net on data; after each iteration yield (rate, loss, wrong answers in the batch).
 
     args has, with the paper's values, iterations (64,000), batch_size (128) and lr (0.1), and seed. progress is where
-    to begin, and is kept up to date; its warm is first True for 110 layers. Loss and wrong answers are tensors of one
-    number on the device: whoever reads them waits for it. mine() and total() are for several processes (part 6): with
-    one, they return what they are given.
+    to begin, Progress(warm=True) for 110 layers, and is kept up to date. Loss and wrong answers are tensors of one
+    number on the device: whoever reads them waits for it. With several processes (part 6), mine() takes this one's
+    share of a batch, net averages the gradients itself and total() sums; with one, mine(x) and total(x) are x.
     """
     draws = batches(len(data.images), args.batch_size, args.seed, data.images.device, progress.iteration)
     net.train()
@@ -272,7 +267,7 @@ def train(net, optimizer, data, args, progress):
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        index, dy, dx, flip = map(mine, next(draws))
+        index, dy, dx, flip = map(mine, next(draws))  # (batch_size,) each, or this process's share
         images = augment(normalise(data.images[index], data.mean), dy, dx, flip)
         labels = data.labels[index]
         logits = net(images)
@@ -281,7 +276,7 @@ def train(net, optimizer, data, args, progress):
         loss.backward()
         optimizer.step()
 
-        loss = total(len(labels) * loss.detach()) / args.batch_size  # the mean of the whole batch
+        loss = total(len(labels) * loss.detach()) / args.batch_size  # of the whole batch, which may be shared
         wrong = total((logits.argmax(dim=1) != labels).sum())
         progress.iteration += 1
         if progress.warm:
@@ -394,9 +389,15 @@ def join():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
+def place():
+    """(rank, number of processes): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def mine(x):
-    """The part of x, along its first dimension, that is this process's: every world-th element from its rank on."""
-    return x[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else x
+    """This process's part of x along its first dimension: elements rank, rank + processes, and so on."""
+    rank, processes = place()
+    return x[rank::processes]
 
 
 def total(x, operation=dist.ReduceOp.SUM):
@@ -410,8 +411,9 @@ def end(status, line):
     """End this process with the line on stderr; of several, the first to end shows its line: it has the cause."""
     first = True
     if dist.is_initialized():
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))  # torchrun's own
-        first = store.add(f"resnet.py {os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
+        with contextlib.suppress(RuntimeError):  # the store is torchrun's own, and may have gone; it outlives a restart
+            port, key = int(os.environ["MASTER_PORT"]), f"resnet.py {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+            first = dist.TCPStore(os.environ["MASTER_ADDR"], port, timeout=timedelta(seconds=5)).add(key, 1) == 1
     if first:
         print(line, file=sys.stderr, flush=True)
     sys.exit(status)
@@ -422,18 +424,24 @@ def end(status, line):
 # Table 6: the test error, with option A.
 PAPER = {20: "8.75 %", 32: "7.51 %", 44: "7.17 %", 56: "6.97 %", 1202: "7.93 %",
          110: "6.43 %, the best of five runs, and 6.61 +/- 0.16 % their mean"}
-# The arguments that must be those of the checkpoint: to evaluate it, and those besides to go on from it.
+# NET must be as in a checkpoint's arguments to evaluate it, NET and RECIPE to go on from it.
 NET = ["depth", "plain", "shortcut"]
 RECIPE = ["dataset", "val", "batch_size", "lr", "momentum", "weight_decay", "warmup", "seed", "processes"]
 
 
-def write(path, content):
-    """Write these bytes to path: beside it, down to the disk, then renamed over it. If that fails, path stays.
+@dataclass
+class Run(Progress):
+    """With net and optimizer, all that it takes to go on as if the run had never stopped."""
 
-    Of several processes, the first does.
-    """
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return
+    loss: torch.Tensor | float = 0.0  # the sum of the losses since the last row of the log
+    wrong: torch.Tensor | int = 0  # wrong answers since then
+    seconds: float = 0.0
+    rows: list = field(default_factory=list)
+    planned: list = field(default_factory=list)  # args.iterations; more than one if a resumed run was given others
+
+
+def write(path, content):
+    """Write these bytes to path: beside it, down to the disk, then renamed over it. If that fails, path stays."""
     new = Path(f"{path}.new")
     try:
         with open(new, "wb") as file:
@@ -447,24 +455,26 @@ def write(path, content):
         raise OSError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def write_log(folder, args, progress):
+def write_log(folder, args, rows):
     """Write log.csv, all of it: that mends whatever an interruption has done to it."""
     text = io.StringIO(newline="")
     log = csv.writer(text)
     log.writerow(["iteration", "rate", "train_loss", "train_error", f"{'val' if args.val else 'test'}_error",
                   "images_per_s", "seconds"])
-    log.writerows(progress.rows)
+    log.writerows(rows)
     write(folder / "log.csv", text.getvalue().encode())
 
 
 def save(folder, net, optimizer, data, args, progress):
-    """Write checkpoint.pt, of tensors and plain values alone, and log.csv."""
+    """Write checkpoint.pt, of tensors and plain values alone, and log.csv. Of several processes, the first does."""
+    if place()[0] > 0:
+        return
     plain = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in vars(progress).items()}
     file = io.BytesIO()  # a full disk is told more clearly by write() than by torch.save()
     torch.save({"arguments": vars(args), "classes": data.classes, "mean": data.mean, "model": net.state_dict(),
                 "optimizer": optimizer.state_dict(), "progress": plain}, file)
     write(folder / "checkpoint.pt", file.getbuffer())
-    write_log(folder, args, progress)
+    write_log(folder, args, progress.rows)
 
 
 @contextlib.contextmanager
@@ -482,7 +492,7 @@ def reading(path):
 
 
 def load(path, args, keys):
-    """The checkpoint in path and its Progress.
+    """The checkpoint in path and its Run.
 
     Raises UserError if there is no checkpoint in the file, or one of a run whose arguments keys were others than args.
     """
@@ -490,7 +500,7 @@ def load(path, args, keys):
         if not path.is_file():
             raise UserError(f"{path} is not a file")
         saved = torch.load(path, map_location="cpu", weights_only=True)  # plain values, never code
-        begun, progress = saved["arguments"], Progress(**saved["progress"])
+        begun, progress = saved["arguments"], Run(**saved["progress"])
         other = [f"{key} {begun[key]}, not {vars(args)[key]}" for key in keys if begun[key] != vars(args)[key]]
         if other:
             raise UserError(f"{path} is of a run with {'; '.join(other)}: repeat the arguments of that run, "
@@ -522,21 +532,27 @@ def fit(net, optimizer, data, args, progress, folder, caught, again):
     def show(line, end="\n"):
         print(f"\r\033[K{line}" if live else line, end=end, flush=True)
 
-    def signalled():  # the signal that any process has caught, or 0: all stop, or none does
-        return total(torch.tensor(max(caught, default=0)), dist.ReduceOp.MAX).item()
-
     def stop(status, line):
         show("", end="")
         end(status, f"resnet.py: stopped {line}")
 
+    def keep():
+        try:
+            save(folder, net, optimizer, data, args, progress)
+        except OSError as error:
+            stop(1, f"by the disk: {error}; the last checkpoint is kept. To go on: {again}")
+
+    def signalled():  # the signal that any process has caught, or 0: all stop, or none does
+        return total(torch.tensor(max(caught, default=0)), dist.ReduceOp.MAX).item()
+
+    keep()  # before the first iteration: so a run can be resumed from its beginning on
     show(f"iteration     rate  train loss  train error  {test:>4} error  images/s   elapsed")
     model = net
     if dist.is_initialized():  # BN's statistics are each process's own, as on the paper's two GPUs
-        with warnings.catch_warnings(action="ignore"):  # the new name of the option is unknown to older PyTorch
+        with warnings.catch_warnings(action="ignore"):  # PyTorch warns that the option is to be renamed
             model = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
-    row = progress.rows[-1][0] if progress.rows else 0  # the iteration of the last row
-    done = progress.iteration
-    clock = counted = shown = time.perf_counter()  # of progress.seconds, of the speed, and of what is on the screen
+    done, counted = progress.iteration, time.perf_counter()  # from here on, for images/s
+    began, shown = counted - progress.seconds, counted
     for rate, loss, wrong in train(model, optimizer, data, args, progress):
         iteration = progress.iteration
         progress.loss, progress.wrong = progress.loss + loss, progress.wrong + wrong
@@ -544,42 +560,38 @@ def fit(net, optimizer, data, args, progress, folder, caught, again):
         number = signalled()
         if not (due or number) and time.perf_counter() - shown < (1 if live else 30):
             continue  # without reading the sums: that would wait for the device
-        train_loss = float(progress.loss) / (iteration - row)
-        train_error = 100 * int(progress.wrong) / ((iteration - row) * args.batch_size)
+        steps = iteration - (progress.rows[-1][0] if progress.rows else 0)
+        train_loss, train_error = float(progress.loss) / steps, 100 * int(progress.wrong) / (steps * args.batch_size)
         weights = net.state_dict().values() if due or number else ()
         if not (math.isfinite(train_loss) and all(tensor.isfinite().all() for tensor in weights)):
             stop(1, f"by a loss or weight that is not finite, at iteration {iteration:,} (loss {train_loss}); the last "
                     "checkpoint is kept: try a lower --lr, and another --output-dir")
         shown = time.perf_counter()
         speed = (iteration - done) * args.batch_size / (shown - counted)  # of training, without evaluating and saving
+        progress.seconds = shown - began
         line = f"{iteration:>9,}  {rate:>7g}  {train_loss:>10.4f}  {train_error:>9.2f} %"
         if due:
             if dist.is_initialized():  # all evaluate what the first process saves
                 for statistic in net.buffers():
                     dist.broadcast(statistic, 0)
             error = evaluate(net, data.test_images, data.test_labels, data.mean)
-            number = signalled()
-        elif not number:
-            left = timedelta(seconds=round((args.iterations - iteration) * args.batch_size / speed))
-            show(f"{line}{speed:>22,.0f}  {left} left", end="" if live else "\n")
-            continue
-        now = time.perf_counter()
-        progress.seconds, clock = progress.seconds + now - clock, now
-        if due:
+            progress.seconds = time.perf_counter() - began
             elapsed = timedelta(seconds=round(progress.seconds))
             show(f"{line}  {error:>8.2f} %  {speed:>8,.0f}  {elapsed!s:>8}")
             progress.rows += [[iteration, rate, train_loss, train_error, error, round(speed), round(progress.seconds)]]
-            progress.loss, progress.wrong, row = 0.0, 0, iteration
-        try:
-            save(folder, net, optimizer, data, args, progress)
-        except OSError as error:
-            stop(1, f"by the disk: {error}; the last checkpoint is kept. To go on: {again}")
+            progress.loss, progress.wrong = 0.0, 0
+            number = signalled()
+        if due or number:
+            keep()
+            done, counted = iteration, time.perf_counter()
+            shown = counted
+        else:
+            left = timedelta(seconds=round((args.iterations - iteration) * args.batch_size / speed))
+            show(f"{line}{speed:>22,.0f}  {left} left", end="" if live else "\n")
         if number and iteration < args.iterations:
             total(torch.zeros(1))  # until the first process has saved
             stop(128 + number, f"by {signal.Signals(number).name}; iteration {iteration:,} of {args.iterations:,} is "
                                f"saved. To go on: {again}")
-        done, counted = iteration, time.perf_counter()
-        shown = counted
     return progress.rows[-1][4]
 
 
@@ -651,7 +663,45 @@ def pick_device(name):
             torch.cuda.set_device(name)
         return torch.zeros(1, device=name).device
     except Exception as error:
-        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+        line = str(error).partition("\n")[0]
+        raise UserError(f"--device {name} cannot be used: {line}") from error
+
+
+def begin(args, folder, path, title, test):
+    """The checkpoint in path to evaluate or go on from, or None, and the Run to go on with; fills in args.
+
+    Returns None for a run that has finished. Raises UserError if args may not begin there.
+    """
+    saved, progress = None, Run(warm=args.warmup)
+    if args.test_only:
+        if not path.exists():
+            raise UserError(f"{path} does not exist: train the net first, or name its folder by --output-dir")
+        saved, progress = load(path, args, NET + ["val"] * args.val)  # one trained without it saw what --val holds out
+    elif args.resume and path.exists():
+        saved, progress = load(path, args, NET + RECIPE)
+        args.iterations = args.iterations or saved["arguments"]["iterations"]
+        args.eval_every = args.eval_every or saved["arguments"]["eval_every"]
+        if progress.rows and progress.rows[-1][0] == progress.iteration == args.iterations:
+            if place()[0] == 0:
+                write_log(folder, args, progress.rows)
+            print(f"{title} in {folder} has finished: {test} error {progress.rows[-1][4]:.2f} % after the last of "
+                  f"{args.iterations:,} iterations")
+            return None
+        if progress.iteration >= args.iterations:
+            raise UserError(f"{path} has {progress.iteration:,} iterations: ask for more by --iterations")
+    elif args.resume:
+        if (folder / "log.csv").exists():
+            raise UserError(f"{folder} has a log.csv, but no checkpoint.pt to go on from: name another --output-dir")
+    elif any((folder / file).exists() for file in ("run.json", "log.csv", "checkpoint.pt")):
+        raise UserError(f"{folder} already holds a run: go on with it by --resume, or name another --output-dir")
+    here = progress.iteration if saved else -1
+    if total(torch.tensor(here), dist.ReduceOp.MAX).item() > here:
+        raise UserError(f"{path} must be on a disk that all machines share")
+    args.iterations = args.iterations or 64_000
+    args.eval_every = args.eval_every or min(500, math.ceil(args.iterations / 10))
+    if args.iterations not in progress.planned[-1:]:
+        progress.planned.append(args.iterations)
+    return saved, progress
 
 
 def run(parser, argv, again):
@@ -661,7 +711,7 @@ def run(parser, argv, again):
         blocks_per_stage(args.depth)
     except ValueError as error:
         raise UserError(f"argument --depth: {error}") from None
-    args.processes = dist.get_world_size() if dist.is_initialized() else 1
+    rank, args.processes = place()
     if args.batch_size % args.processes:
         raise UserError(f"--batch-size {args.batch_size} cannot be split evenly among {args.processes} processes")
     args.warmup = args.depth >= 110 if args.warmup is None else args.warmup
@@ -674,36 +724,13 @@ def run(parser, argv, again):
     path = folder / "checkpoint.pt"
     title = f"plain-{args.depth}" if args.plain else f"ResNet-{args.depth}, option {args.shortcut}"
     test = "validation" if args.val else "test"
-
-    saved, progress = None, Progress(warm=args.warmup)
-    if args.test_only:
-        if not path.exists():
-            raise UserError(f"{path} does not exist: train the net first, or name its folder by --output-dir")
-        saved, progress = load(path, args, NET + ["val"] * args.val)  # or it has seen the images that --val holds out
-    elif args.resume and path.exists():
-        saved, progress = load(path, args, NET + RECIPE)
-        args.iterations = args.iterations or saved["arguments"]["iterations"]
-        args.eval_every = args.eval_every or saved["arguments"]["eval_every"]
-        if progress.rows and progress.rows[-1][0] == progress.iteration == args.iterations:
-            write_log(folder, args, progress)
-            print(f"{title} in {folder} has finished: {test} error {progress.rows[-1][4]:.2f} % after the last of "
-                  f"{args.iterations:,} iterations")
-            return
-        if progress.iteration >= args.iterations:
-            raise UserError(f"{path} has {progress.iteration:,} iterations: ask for more by --iterations")
-    elif not args.resume and any((folder / file).exists() for file in ("run.json", "log.csv", "checkpoint.pt")):
-        raise UserError(f"{folder} already holds a run: go on with it by --resume, or name another --output-dir")
-    elif args.resume and (folder / "log.csv").exists():
-        raise UserError(f"{folder} has a log.csv, but no checkpoint.pt to go on from: name another --output-dir")
-    if total(torch.tensor(progress.iteration), dist.ReduceOp.MAX).item() > progress.iteration:
-        raise UserError(f"{path} must be on a disk that all machines share")
-    args.iterations = args.iterations or 64_000
-    args.eval_every = args.eval_every or min(500, math.ceil(args.iterations / 10))
-    if args.iterations not in progress.planned[-1:]:
-        progress.planned.append(args.iterations)
+    begun = begin(args, folder, path, title, test)
+    if begun is None:
+        return
+    saved, progress = begun
 
     device = pick_device(args.device)
-    turn = 0 if args.processes == 1 or dist.get_rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+    turn = (rank > 0) + (os.environ.get("LOCAL_RANK", "0") != "0")
     for k in range(3):  # the first process of all downloads; then that of each machine, if its disk is another
         if k == turn:
             data = load_data(args.dataset, args.data_dir, args.val, device)
@@ -735,24 +762,24 @@ def run(parser, argv, again):
 
     print(f"recipe  {args.iterations:,} iterations of {args.batch_size}, SGD, rate {args.lr:g}, "
           f"momentum {args.momentum:g}, weight decay {args.weight_decay:g}, warm-up {'on' if args.warmup else 'off'}, "
-          f"seed {args.seed}\noutput  {folder}{f', on from iteration {progress.iteration:,}' if args.resume else ''}",
+          f"seed {args.seed}\noutput  {folder}{f', on from iteration {progress.iteration:,}' if saved else ''}",
           flush=True)
     with catch_signals() as caught:
-        if turn == 0:
+        if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             if not args.resume:
                 open(folder / "run.json", "x").close()  # of two runs that want the folder, one gets it
-            repeat = {"arguments": vars(args), "versions": versions, "device": str(device), "hardware": hardware}
+            repeat = {"arguments": vars(args), "planned": progress.planned, "versions": versions,
+                      "device": str(device), "hardware": hardware}
             write(folder / "run.json", json.dumps(repeat, indent=2).encode())
-        save(folder, net, optimizer, data, args, progress)
         error = fit(net, optimizer, data, args, progress, folder, caught, again)
     asked = ("plain", "shortcut", "dataset", "val", "batch_size", "lr", "momentum", "weight_decay")
     as_paper = all(vars(args)[k] == parser.get_default(k) for k in asked) and args.warmup == (args.depth >= 110)
-    as_paper = as_paper and progress.planned == [64_000]
+    as_paper = as_paper and progress.planned == [64_000] and args.processes <= 2
     paper = f" (the paper: {PAPER[args.depth]})" if as_paper and args.depth in PAPER else ""
     print(f"{title}: {test} error {error:.2f} % after the last iteration{paper}; the net is in {path}")
     if caught:
-        sys.exit(128 + caught[0])
+        sys.exit(128 + max(caught))
 
 
 def main(argv=None):
@@ -762,9 +789,9 @@ def main(argv=None):
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # of a folder's name, say, that the terminal cannot show
     words = sys.argv[1:] if argv is None else argv
-    again = "python"
-    if dist.is_torchelastic_launched():
-        again = f"torchrun --nnodes={os.environ['GROUP_WORLD_SIZE']} --nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"
+    again, nodes = "python", os.environ.get("GROUP_WORLD_SIZE", "1")
+    if dist.is_torchelastic_launched():  # on several machines, each had a command of its own
+        again = f"torchrun --nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}" if nodes == "1" else "torchrun ..."
     again += " " + shlex.join([sys.argv[0], *words] + ["--resume"] * ("--resume" not in words))
     try:
         join()
@@ -773,11 +800,11 @@ def main(argv=None):
         parser.error(str(error))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
-        end(1, f"resnet.py: stopped: nobody reads the output any more. To go on: {again}")
+        end(1, "resnet.py: stopped: nobody reads its output any more; a training goes on by --resume")
     except OSError as error:
         parser.error(f"{error} (--output-dir and --data-dir choose the folders)")
     except RuntimeError as error:
-        line = str(error).splitlines()[0]
+        line = str(error).partition("\n")[0]
         if any(phrase in line for phrase in ("out of memory", "allocate memory", "not enough memory")):
             parser.error(f"{line} (a smaller --batch-size or --depth needs less)")
         if "gloo/transport" not in line:

@@ -657,7 +657,7 @@ def fit(folder, *argv, net=None, data=None, caught=()):
     """fit() as run() calls it."""
     args = resnet.make_parser().parse_args([str(word) for word in argv])
     net = net or resnet.ResNet(8)
-    return resnet.fit(net, resnet.make_optimizer(net, args), data or small_data(), args, resnet.Progress(), folder,
+    return resnet.fit(net, resnet.make_optimizer(net, args), data or small_data(), args, resnet.Run(), folder,
                       caught, "python resnet.py --resume")
 
 
@@ -1263,7 +1263,7 @@ def test_resume_with_nothing_there_begins(tmp_path, capsys):
     argv = ["--dataset", "folder", "--data-dir", write_folder(tmp_path / "data"), "--depth", 8, "--iterations", 2,
             "--output-dir", tmp_path / "run", "--resume"]
     status, out, _ = run(capsys, *argv)
-    assert status == 0 and "iteration 0" in out and len(rows_of(tmp_path / "run")) == 2
+    assert status == 0 and "on from" not in out and len(rows_of(tmp_path / "run")) == 2
     (tmp_path / "run" / "checkpoint.pt").unlink()
     status, _, err = run(capsys, *argv)
     assert status == 2 and "no checkpoint.pt" in err and len(rows_of(tmp_path / "run")) == 2
