@@ -517,8 +517,9 @@ def catch_signals():
     try:
         yield caught
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if not dist.is_initialized():  # torchrun sends SIGTERM if one process dies: let end() show its line first
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def fit(net, optimizer, data, args, progress, folder, caught, again):

@@ -1124,7 +1124,7 @@ def test_20_kills_change_nothing(long_run, spawn, tmp_path):
     rows, expected = facts(tmp_path / "alone")
     assert [row[0] for row in rows] == [str(i) for i in [*range(30, 700, 30), 700]]
     assert [float(row[1]) for row in rows[:3]] == pytest.approx([0.01] * 3) and "0.1" in [row[1] for row in rows]
-    chance, kills, finished, reached = random.Random(0), 0, 0, 0
+    chance, kills, finished, reached, midway = random.Random(0), 0, 0, 0, 0
     while kills < 20 or not finished:
         folder = tmp_path / f"killed{finished}"
         child = spawn(*long_run, "--output-dir", folder, "--resume")
@@ -1140,6 +1140,7 @@ def test_20_kills_change_nothing(long_run, spawn, tmp_path):
         if (folder / "checkpoint.pt").exists():
             iteration = checkpoint(folder)["progress"]["iteration"]
             assert iteration >= reached
+            midway += 0 < iteration < 700
             reached = 0 if iteration == 700 else iteration
             if iteration == 700:
                 child = spawn(*long_run, "--output-dir", folder, "--resume")
@@ -1148,6 +1149,7 @@ def test_20_kills_change_nothing(long_run, spawn, tmp_path):
                 assert_same(facts(folder), (rows, expected))
                 assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "log.csv", "run.json"]
                 finished += 1
+    assert midway >= 10  # or it was killed before it had begun
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
