@@ -310,8 +310,8 @@ def read_cifar(name, root):
     try:
         train, test = source(root, train=True, download=True), source(root, train=False, download=True)
     except Exception as error:  # of the network, the disk, the archive or the pickles in it
-        raise UserError(f"{name} cannot be downloaded or read ({error}): put {source.url}, whole, into the folder {root} "
-                        "and run again; --dataset synthetic needs no download") from error
+        raise UserError(f"{name} cannot be downloaded or read ({error}): put {source.url}, whole, into the folder "
+                        f"{root} and run again; --dataset synthetic needs no download") from error
     images, test_images = (torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in (train, test))
     return images, torch.tensor(train.targets), test_images, torch.tensor(test.targets), train.classes
 
