@@ -7,13 +7,15 @@
     python resnet.py --dataset synthetic --iterations 200    # no download, no GPU: about a minute
     python resnet.py --help
 
-Parts 1 to 4 are the paper; a reader can stop there. Parts 5 to 8 are the program around it. Sections, equations,
+Parts 1 to 4 are the paper; a reader can stop there. Parts 5 to 9 are the program around it. Sections, equations,
 tables and figures are those of arXiv:1512.03385, and so are words in quotes. "Choice" marks what it leaves open.
 """
 import argparse
 import contextlib
 import csv
+import ctypes
 import io
+import itertools
 import json
 import math
 import os
@@ -21,6 +23,7 @@ import platform
 import random
 import shlex
 import signal
+import statistics
 import sys
 import time
 import warnings
@@ -252,13 +255,30 @@ def make_optimizer(net, args):
     return torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
 
 
-def train(net, optimizer, data, args, progress):
-    """Train net on data; after each iteration yield (rate, loss, wrong answers in the batch).
+def step(net, optimizer, data, draws):
+    """One iteration, on the images, crops and flips of draws, (4, batch_size): returns (loss, wrong answers).
+
+    They are tensors of one number on the device: whoever reads them waits for it. With several processes (part 6),
+    mine() takes this one's share of the batch, net averages the gradients itself and total() sums; with one, mine(x)
+    and total(x) are x.
+    """
+    index, dy, dx, flip = map(mine, draws)  # (batch_size,) each, or this process's share
+    images = augment(normalise(data.images[index], data.mean), dy, dx, flip)
+    labels = data.labels[index]
+    logits = net(images)
+    loss = nn.functional.cross_entropy(logits, labels)  # with the softmax
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    loss = total(len(labels) * loss.detach()) / draws.shape[1]  # of the whole batch, which may be shared
+    return loss, total((logits.argmax(dim=1) != labels).sum())
+
+
+def train(net, optimizer, data, args, progress, step=step):
+    """Train net on data; after each iteration yield (rate, loss, wrong answers in the batch), as step() returns them.
 
     args has, with the paper's values, iterations (64,000), batch_size (128) and lr (0.1), and seed. progress is where
-    to begin, Progress(warm=True) for 110 layers, and is kept up to date. Loss and wrong answers are tensors of one
-    number on the device: whoever reads them waits for it. With several processes (part 6), mine() takes this one's
-    share of a batch, net averages the gradients itself and total() sums; with one, mine(x) and total(x) are x.
+    to begin, Progress(warm=True) for 110 layers, and is kept up to date.
     """
     draws = batches(len(data.images), args.batch_size, args.seed, data.images.device, progress.iteration)
     net.train()
@@ -266,18 +286,7 @@ def train(net, optimizer, data, args, progress):
         rate = learning_rate(progress.iteration, args.iterations, args.lr, progress.warm)
         for group in optimizer.param_groups:
             group["lr"] = rate
-
-        index, dy, dx, flip = map(mine, next(draws))  # (batch_size,) each, or this process's share
-        images = augment(normalise(data.images[index], data.mean), dy, dx, flip)
-        labels = data.labels[index]
-        logits = net(images)
-        loss = nn.functional.cross_entropy(logits, labels)  # with the softmax
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-        loss = total(len(labels) * loss.detach()) / args.batch_size  # of the whole batch, which may be shared
-        wrong = total((logits.argmax(dim=1) != labels).sum())
+        loss, wrong = step(net, optimizer, data, next(draws))
         progress.iteration += 1
         if progress.warm:
             progress.warm_wrong += wrong
@@ -419,14 +428,173 @@ def end(status, line):
     sys.exit(status)
 
 
-# ----- 7. A run and its folder: checkpoint.pt to go on from, log.csv for its rows, run.json to repeat it -----------
+# ----- 7. Speed: the same iteration, sooner. The net, its state_dict and the evaluation stay as they are -------------
+
+
+class Autocast(nn.Module):
+    """net with convolutions and products in bf16, (N, 3, 32, 32) -> float32 logits. Weights stay float32."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images):
+        with torch.autocast(images.device.type, torch.bfloat16):
+            logits = self.net(images)
+        return logits.float()
+
+
+class GraphedStep:
+    """step() on CUDA, recorded once as a CUDA graph, then replayed: no kernel waits until Python has launched it.
+
+    The first three calls run step() itself, for the compiler, cuDNN's choices and the momentum, which must not be
+    recorded. The rate is a constant in the recording: another rate, another recording.
+    """
+
+    def __init__(self):
+        self.calls, self.rate, self.graph, self.results = 0, None, None, None
+
+    def __call__(self, net, optimizer, data, draws):
+        self.calls += 1
+        if self.calls <= 3:  # on another stream than the default, which a recording must not depend on
+            here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(here)
+            with torch.cuda.stream(side):
+                results = step(net, optimizer, data, draws)
+            here.wait_stream(side)
+            return results
+        rate = optimizer.param_groups[0]["lr"]
+        if rate != self.rate:
+            self.graph = self.results = None  # before the next is recorded: its memory is free again
+            optimizer.zero_grad()
+            self.rate, self.draws, self.graph = rate, draws.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records, and runs nothing
+                self.results = step(net, optimizer, data, self.draws)
+        self.draws.copy_(draws)
+        self.graph.replay()
+        return [result.clone() for result in self.results]  # the next replay overwrites them
+
+
+def native_bf16(device):
+    """Whether the device computes in bf16, rather than emulates it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def layout(args):
+    """The memory format that args ask for."""
+    return torch.channels_last if args.channels_last else torch.contiguous_format
+
+
+def compile_blocks(net, args, device):
+    """Compile the blocks of net. Raises whatever the compiler raises, and then leaves net as it was.
+
+    All blocks of a shape share their code, and 14 layers have every shape: one step of such a net compiles all that
+    there is to compile, for 1202 layers too.
+    """
+    small = ResNet(14, args.plain, args.shortcut).to(device, memory_format=layout(args))
+    for part in (small, net):
+        for block in part.modules():
+            if isinstance(block, ResidualBlock):
+                block.compile(dynamic=False)  # or PyTorch, seeing several shapes, makes slower code for any shape
+        if part is small:
+            images = torch.zeros(args.batch_size // args.processes, 3, 32, 32, device=device)
+            (Autocast(small) if args.precision == "bf16" else small)(images).sum().backward()
+
+
+def speed_up(net, args, device):
+    """(the module to train in place of net, the step() to train it with, what is on and off in words)."""
+    cuda = device.type == "cuda"
+    if cuda:  # cuDNN tries its algorithms; TF32 off: float32 is float32, in every evaluation too
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    elif device.type == "cpu" and sys.platform == "linux":
+        # glibc gives memory back to the kernel, and asks for it again page by page, in each iteration, if it may.
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            for parameter, size in ((-1, 2**30), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD at its most
+                ctypes.CDLL(None).mallopt(parameter, size)
+    words = [args.precision, "channels_last" if args.channels_last else "no channels_last"]
+    if args.compile or (args.compile is None and cuda):  # on a CPU it does not pay
+        began = time.perf_counter()
+        try:
+            compile_blocks(net, args, device)
+            words.append(f"blocks compiled in {time.perf_counter() - began:.0f} s")
+        except Exception as error:  # no C compiler, no Triton, or one that fails
+            words.append(f"not compiled ({type(error).__name__}: {' '.join(str(error).split())[:80]})")
+    else:
+        words.append("not compiled")
+    graph = cuda and args.graph and args.processes == 1
+    why = "" if graph or not args.graph else " (one process on CUDA only)"
+    words.append("CUDA graph" if graph else f"no CUDA graph{why}")
+    return Autocast(net) if args.precision == "bf16" else net, GraphedStep() if graph else step, ", ".join(words)
+
+
+def peak_memory(device):
+    """The most memory that this process has held so far, in words: on CUDA the device's, elsewhere the machine's."""
+    if device.type == "cuda":
+        return f"peak memory {torch.cuda.max_memory_reserved(device) / 1e9:.2f} GB on the device"
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return "peak memory unknown"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
+
+
+def benchmark(model, one_step, optimizer, args, device):
+    """Print what an iteration takes, of the ordinary train() on random images. It is the median of many."""
+    from torch.utils.flop_counter import FlopCounterMode
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (10_000, 3, 32, 32), generator=g, dtype=torch.uint8).to(device)
+    labels = torch.randint(10, (10_000,), generator=g).to(device)
+    data = Data(images, labels, images, labels, torch.full((3, 32, 32), 0.5, device=device), list(range(10)))
+
+    def mark():
+        if device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+        if device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter()
+
+    def gaps(run, warm, count):  # seconds of count runs, after some that do not count
+        for _ in range(warm):
+            run()
+        marks = [mark()]
+        for _ in range(count):
+            run()
+            marks.append(mark())
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            return [one.elapsed_time(other) / 1000 for one, other in itertools.pairwise(marks)]
+        return [other - one for one, other in itertools.pairwise(marks)]
+
+    iterations = train(model, optimizer, data, args, Progress(), one_step)
+    cuda = device.type == "cuda"
+    count = 200 if cuda else 20
+    seconds = statistics.median(gaps(lambda: next(iterations), 20 if cuda else 3, count))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # of convolutions and products alone
+        ResNet(args.depth, args.plain, args.shortcut)(torch.zeros(args.batch_size, 3, 32, 32)).sum().backward()
+    flop = counter.get_total_flops()
+    size = 8192 if cuda else 2048
+    square = torch.randn(size, size, device=device, dtype=torch.bfloat16 if args.precision == "bf16" else torch.float32)
+    product = statistics.median(gaps(lambda: square @ square, 3, 10))
+    print(f"{1000 * seconds:.2f} ms an iteration, the median of {count}: {args.batch_size / seconds:,.0f} images/s, "
+          f"{flop / seconds / 1e12:.3f} TFLOP/s; {peak_memory(device)}\n"
+          f"A product of {size} x {size} matrices in {args.precision}: {2 * size**3 / product / 1e12:.3f} TFLOP/s")
+
+
+# ----- 8. A run and its folder: checkpoint.pt to go on from, log.csv for its rows, run.json to repeat it -----------
 
 # Table 6: the test error, with option A.
 PAPER = {20: "8.75 %", 32: "7.51 %", 44: "7.17 %", 56: "6.97 %", 1202: "7.93 %",
          110: "6.43 %, the best of five runs, and 6.61 +/- 0.16 % their mean"}
 # NET must be as in a checkpoint's arguments to evaluate it, NET and RECIPE to go on from it.
 NET = ["depth", "plain", "shortcut"]
-RECIPE = ["dataset", "val", "batch_size", "lr", "momentum", "weight_decay", "warmup", "seed", "processes"]
+RECIPE = ["dataset", "val", "batch_size", "lr", "momentum", "weight_decay", "warmup", "seed", "processes",
+          "precision"]
 
 
 @dataclass
@@ -501,7 +669,8 @@ def load(path, args, keys):
             raise UserError(f"{path} is not a file")
         saved = torch.load(path, map_location="cpu", weights_only=True)  # plain values, never code
         begun, progress = saved["arguments"], Run(**saved["progress"])
-        other = [f"{key} {begun[key]}, not {vars(args)[key]}" for key in keys if begun[key] != vars(args)[key]]
+        other = [f"{key} {begun[key]}, not {vars(args)[key]}" for key in keys
+                 if vars(args)[key] not in (None, begun[key])]  # None: as in the checkpoint
         if other:
             raise UserError(f"{path} is of a run with {'; '.join(other)}: repeat the arguments of that run, "
                             "or name another --output-dir")
@@ -522,11 +691,11 @@ def catch_signals():
                 signal.signal(number, handler)
 
 
-def fit(net, optimizer, data, args, progress, folder, caught, again):
-    """Train net; at each evaluation print a row and save. Returns the last error in percent.
+def fit(net, optimizer, data, args, progress, folder, caught, again, model=None, one_step=step):
+    """Train net by one_step, or model, which has net in it; at each evaluation print a row and save.
 
-    A signal in caught ends the run after the iteration or evaluation at hand; it is saved, and again is shown as the
-    command to go on with.
+    Returns the last error in percent. A signal in caught ends the run after the iteration or evaluation at hand; it is
+    saved, and again is shown as the command to go on with.
     """
     live, test = sys.stdout is not None and sys.stdout.isatty(), "val" if args.val else "test"
 
@@ -548,13 +717,13 @@ def fit(net, optimizer, data, args, progress, folder, caught, again):
 
     keep()  # before the first iteration: so a run can be resumed from its beginning on
     show(f"iteration     rate  train loss  train error  {test:>4} error  images/s   elapsed")
-    model = net
+    model = model or net
     if dist.is_initialized():  # BN's statistics are each process's own, as on the paper's two GPUs
         with warnings.catch_warnings(action="ignore"):  # PyTorch warns that the option is to be renamed
-            model = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+            model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     done, counted = progress.iteration, time.perf_counter()  # from here on, for images/s
     began, shown = counted - progress.seconds, counted
-    for rate, loss, wrong in train(model, optimizer, data, args, progress):
+    for rate, loss, wrong in train(model, optimizer, data, args, progress, one_step):
         iteration = progress.iteration
         progress.loss, progress.wrong = progress.loss + loss, progress.wrong + wrong
         due = iteration % args.eval_every == 0 or iteration == args.iterations
@@ -575,7 +744,8 @@ def fit(net, optimizer, data, args, progress, folder, caught, again):
             if dist.is_initialized():  # all evaluate what the first process saves
                 for statistic in net.buffers():
                     dist.broadcast(statistic, 0)
-            error = evaluate(net, data.test_images, data.test_labels, data.mean)
+            with torch.compiler.set_stance("force_eager"):  # compiled code is for training
+                error = evaluate(net, data.test_images, data.test_labels, data.mean)
             progress.seconds = time.perf_counter() - began
             elapsed = timedelta(seconds=round(progress.seconds))
             show(f"{line}  {error:>8.2f} %  {speed:>8,.0f}  {elapsed!s:>8}")
@@ -596,7 +766,7 @@ def fit(net, optimizer, data, args, progress, folder, caught, again):
     return progress.rows[-1][4]
 
 
-# ----- 8. The command line ----------------------------------------------------------------------------------------
+# ----- 9. The command line ----------------------------------------------------------------------------------------
 
 
 def number(kind, low, high=1e9):
@@ -640,6 +810,12 @@ def make_parser():
     add(group, "--warmup", "a tenth of the rate until the training error is below 80%% (default: from 110 layers on)",
         action=argparse.BooleanOptionalAction)  # Choice: 1202 layers warm up as 110 do
     add(group, "--seed", "of weights, order and augmentation", 0, type=number(int, 0, 2**32), metavar="N")
+    group = parser.add_argument_group("speed", "None of it changes what is computed, but for rounding.")
+    add(group, "--precision", "of training (default: bf16 where the device has it, or that of the run resumed)",
+        choices=["bf16", "float32"])
+    add(group, "--channels-last", "the layout of weights and images", True, action=argparse.BooleanOptionalAction)
+    add(group, "--compile", "compile the blocks (default: on CUDA)", action=argparse.BooleanOptionalAction)
+    add(group, "--graph", "on CUDA, replay an iteration as one CUDA graph", True, action=argparse.BooleanOptionalAction)
     group = parser.add_argument_group("run")
     add(group, "--device", "cuda, cuda:N, mps or cpu (default: the first of them there is)")
     add(group, "--output-dir", "the run's folder (default: runs/resnet-56, runs/plain-56, ...)", metavar="DIR")
@@ -648,6 +824,7 @@ def make_parser():
     group = group.add_mutually_exclusive_group()
     add(group, "--resume", "go on with the run in its folder, from its last checkpoint", False, action="store_true")
     add(group, "--test-only", "evaluate the net that is saved in the run's folder", False, action="store_true")
+    add(group, "--benchmark", "time iterations on random images; no data and no folder", False, action="store_true")
     return parser
 
 
@@ -682,6 +859,7 @@ def begin(args, folder, path, title, test):
         saved, progress = load(path, args, NET + RECIPE)
         args.iterations = args.iterations or saved["arguments"]["iterations"]
         args.eval_every = args.eval_every or saved["arguments"]["eval_every"]
+        args.precision = args.precision or saved["arguments"]["precision"]
         if progress.rows and progress.rows[-1][0] == progress.iteration == args.iterations:
             if place()[0] == 0:
                 write_log(folder, args, progress.rows)
@@ -725,20 +903,31 @@ def run(parser, argv, again):
     path = folder / "checkpoint.pt"
     title = f"plain-{args.depth}" if args.plain else f"ResNet-{args.depth}, option {args.shortcut}"
     test = "validation" if args.val else "test"
-    begun = begin(args, folder, path, title, test)
-    if begun is None:
-        return
-    saved, progress = begun
+    saved, progress = None, Run()
+    if args.benchmark:
+        if args.processes > 1:
+            raise UserError("argument --benchmark: it times one process, without torchrun")
+        args.iterations = 64_000
+    else:
+        begun = begin(args, folder, path, title, test)
+        if begun is None:
+            return
+        saved, progress = begun
 
     device = pick_device(args.device)
+    args.precision = args.precision or ("bf16" if native_bf16(device) else "float32")
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    versions = [f"{m.__name__} {m.__version__}" for m in (torch, torchvision)] + [f"Python {platform.python_version()}"]
+    several = "" if args.processes == 1 else f"{args.processes} processes, each on "
+    print(f"device  {several}{device} ({hardware}), {', '.join(versions)}", flush=True)
     turn = (rank > 0) + (os.environ.get("LOCAL_RANK", "0") != "0")
-    for k in range(3):  # the first process of all downloads; then that of each machine, if its disk is another
+    for k in range(0 if args.benchmark else 3):  # the first of all processes downloads; then that of each other disk
         if k == turn:
             data = load_data(args.dataset, args.data_dir, args.val, device)
         total(torch.zeros(1))
     torch.manual_seed(args.seed)
-    net = ResNet(args.depth, args.plain, args.shortcut, len(data.classes))
-    net = net.to(device, memory_format=torch.channels_last)  # often faster for convolutions
+    net = ResNet(args.depth, args.plain, args.shortcut, 10 if args.benchmark else len(data.classes))
+    net = net.to(device, memory_format=layout(args))
     optimizer = make_optimizer(net, args)
     if saved:
         with reading(path):
@@ -749,18 +938,20 @@ def run(parser, argv, again):
                 raise UserError(f"{path} is of a run on other images than those of --data-dir {args.data_dir}")
             net.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    versions = [f"{m.__name__} {m.__version__}" for m in (torch, torchvision)] + [f"Python {platform.python_version()}"]
-    several = "" if args.processes == 1 else f"{args.processes} processes, each on "
-    print(f"device  {several}{device} ({hardware}), {', '.join(versions)}\n"
-          f"net     {title}, {sum(p.numel() for p in net.parameters()):,} parameters\n"
-          f"data    {args.dataset}, {len(data.images):,} training and {len(data.test_images):,} {test} images, "
-          f"{len(data.classes)} classes", flush=True)
+    print(f"net     {title}, {sum(p.numel() for p in net.parameters()):,} parameters", flush=True)
+    if not args.benchmark:
+        print(f"data    {args.dataset}, {len(data.images):,} training and {len(data.test_images):,} {test} images, "
+              f"{len(data.classes)} classes", flush=True)
     if args.test_only:
         error = evaluate(net, data.test_images, data.test_labels, saved["mean"].to(device))
         print(f"{title}, after {progress.iteration:,} iterations: {test} error {error:.2f} %")
         return
 
+    model, one_step, words = speed_up(net, args, device)
+    print(f"speed   {words}", flush=True)
+    if args.benchmark:
+        benchmark(model, one_step, optimizer, args, device)
+        return
     print(f"recipe  {args.iterations:,} iterations of {args.batch_size}, SGD, rate {args.lr:g}, "
           f"momentum {args.momentum:g}, weight decay {args.weight_decay:g}, warm-up {'on' if args.warmup else 'off'}, "
           f"seed {args.seed}\noutput  {folder}{f', on from iteration {progress.iteration:,}' if saved else ''}",
@@ -773,12 +964,13 @@ def run(parser, argv, again):
             repeat = {"arguments": vars(args), "planned": progress.planned, "versions": versions,
                       "device": str(device), "hardware": hardware}
             write(folder / "run.json", json.dumps(repeat, indent=2).encode())
-        error = fit(net, optimizer, data, args, progress, folder, caught, again)
+        error = fit(net, optimizer, data, args, progress, folder, caught, again, model, one_step)
     asked = ("plain", "shortcut", "dataset", "val", "batch_size", "lr", "momentum", "weight_decay")
     as_paper = all(vars(args)[k] == parser.get_default(k) for k in asked) and args.warmup == (args.depth >= 110)
     as_paper = as_paper and progress.planned == [64_000] and args.processes <= 2
     paper = f" (the paper: {PAPER[args.depth]})" if as_paper and args.depth in PAPER else ""
-    print(f"{title}: {test} error {error:.2f} % after the last iteration{paper}; the net is in {path}")
+    print(f"{title}: {test} error {error:.2f} % after the last iteration{paper}; the net is in {path}; "
+          f"{peak_memory(device)}")
     if caught:
         sys.exit(128 + max(caught))
 

@@ -5,6 +5,7 @@ What is tested is compared with something that does not come from resnet.py: the
 out by hand, torchvision, or a loop over single images and pixels.
 """
 import ast
+import contextlib
 import copy
 import csv
 import itertools
@@ -13,6 +14,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -481,10 +483,10 @@ def recipe(**changes):
     return Namespace(**{**values, **changes})
 
 
-def steps_of(net, data, args, progress=None):
-    """What train() yields for this net, from the beginning or from progress on."""
+def steps_of(net, data, args, progress=None, model=None, step=resnet.step):
+    """What train() yields for this net, or model around it, from the beginning or from progress on."""
     progress = progress or resnet.Progress(warm=args.warmup)
-    return resnet.train(net, resnet.make_optimizer(net, args), data, args, progress)
+    return resnet.train(model or net, resnet.make_optimizer(net, args), data, args, progress, step)
 
 
 def small_data(count=40, classes=10):
@@ -626,17 +628,234 @@ def test_synthetic_data_can_be_learnt(tmp_path, capsys):
     assert float(rows[-1]["test_error"]) < 50  # by chance it would be 90
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def on_cuda(data):
+    return data._replace(**{k: v.cuda() for k, v in data._asdict().items() if k != "classes"})
+
+
+@needs_cuda
 def test_cuda_equals_cpu():
     torch.manual_seed(0)
     net, data, args = resnet.ResNet(20).double(), small_data(), recipe()
     data = data._replace(mean=data.mean.double())
-    there = data._replace(**{k: v.cuda() for k, v in data._asdict().items() if k != "classes"})
-    on_cuda = copy.deepcopy(net).cuda()
-    for (_, loss, wrong), (_, loss_there, wrong_there) in zip(steps_of(net, data, args), steps_of(on_cuda, there, args),
-                                                              strict=True):
+    there = steps_of(copy.deepcopy(net).cuda(), on_cuda(data), args)
+    for (_, loss, wrong), (_, loss_there, wrong_there) in zip(steps_of(net, data, args), there, strict=True):
         torch.testing.assert_close(loss_there.cpu(), loss, rtol=1e-5, atol=1e-6)
         assert wrong_there.item() == wrong.item()
+
+
+# ----- Speed ----------------------------------------------------------------------------------------------------
+
+
+def fast(*argv):
+    """The arguments as run() has them when it calls speed_up()."""
+    args = resnet.make_parser().parse_args([str(word) for word in argv])
+    args.processes, args.warmup, args.iterations = 1, False, args.iterations or 64_000
+    return args
+
+
+def assert_alike(ours, theirs, tolerance):
+    """The state_dicts are equal to rounding, relative to each tensor's largest element."""
+    assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        difference = (tensor.double() - theirs[key].double()).abs().max()
+        assert difference <= tolerance * theirs[key].double().abs().max(), key
+
+
+@pytest.mark.parametrize("option", ["plain", "A", "C"])
+def test_autocast_computes_in_bf16_and_keeps_float32(option):
+    torch.manual_seed(0)
+    net, seen = net_of(8, option), []
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    model = resnet.Autocast(net)
+    images = torch.randn(8, 3, 32, 32)
+    logits = model(images)
+    assert logits.dtype == torch.float32
+    assert set(seen) == {torch.bfloat16}
+    logits.sum().backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in net.parameters())
+    torch.testing.assert_close(logits, net(images), atol=0.1, rtol=0.1)
+    assert not torch.equal(logits, net(images))
+
+
+def test_bf16_is_of_the_training_alone(tmp_path, capsys):
+    net, seen = resnet.ResNet(8), {True: set(), False: set()}
+    net.conv1.register_forward_hook(lambda m, i, o: seen[net.training].add(o.dtype))
+    args = fast("--iterations", 2, "--batch-size", 4, "--eval-every", 1)
+    resnet.fit(net, resnet.make_optimizer(net, args), small_data(), args, resnet.Run(), tmp_path, [], "",
+               resnet.Autocast(net))
+    assert seen == {True: {torch.bfloat16}, False: {torch.float32}}
+    assert checkpoint(tmp_path)["model"].keys() == net.state_dict().keys()
+
+
+@pytest.mark.parametrize(("device", "native"), [("cuda", True), ("cuda", False), ("cpu", True), ("cpu", False),
+                                                ("mps", False)])
+def test_bf16_is_the_default_where_it_is_native(device, native, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native, "avx2": True})
+    assert resnet.native_bf16(torch.device(device)) is native
+
+
+def test_precision_is_kept_by_resume(tmp_path, capsys):
+    argv = ["--dataset", "synthetic", "--depth", 8, "--batch-size", 4, "--eval-every", 1, "--output-dir", tmp_path]
+    for precision, other in (("float32", "bf16"), ("bf16", "float32")):
+        words = [*argv[:-1], tmp_path / precision]
+        assert run(capsys, *words, "--iterations", 1, "--precision", precision)[0] == 0
+        status, _, err = run(capsys, *words, "--iterations", 2, "--precision", other, "--resume")
+        assert status == 2 and f"precision {precision}, not {other}" in err
+        status, out, _ = run(capsys, *words, "--iterations", 2, "--resume")
+        assert status == 0 and f"speed   {precision}" in out
+        assert json.loads((tmp_path / precision / "run.json").read_text())["arguments"]["precision"] == precision
+    status, out, _ = run(capsys, *argv[:-1], tmp_path / "bf16", "--test-only", "--precision", "float32")
+    assert status == 0  # evaluation is in float32 in any case
+
+
+@pytest.mark.parametrize("switch", [True, False])
+def test_channels_last_is_a_switch(switch, tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(resnet, "benchmark", lambda model, *_: seen.append(model))
+    words = ["--benchmark", "--precision", "float32", *([] if switch else ["--no-channels-last"])]
+    assert run(capsys, *words)[0] == 0
+    weight = seen[0].stage2[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) is switch
+
+
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+
+
+@needs_compiler
+def test_compiled_blocks_equal_eager_ones_and_share_their_code():
+    """Of 26 layers, all blocks of a shape run the code that 14 layers have compiled: 5 pieces, as many as shapes."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    data = small_data()
+    data = data._replace(mean=data.mean.double())
+    args = fast("--depth", 26, "--compile", "--batch-size", 8, "--precision", "float32", "--iterations", 4)
+    net = resnet.ResNet(26).double().to(memory_format=torch.channels_last)
+    other = copy.deepcopy(net)
+    torch.set_default_dtype(torch.float64)
+    try:
+        model, step, words = resnet.speed_up(net, args, torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert "blocks compiled in" in words
+    pieces = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    eager = steps_of(other, data, args)
+    for ours, theirs in zip(steps_of(net, data, args, model=model, step=step), eager, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert_alike(net.state_dict(), other.state_dict(), 1e-9)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == pieces == 5
+    assert copy.deepcopy(net).state_dict().keys() == other.state_dict().keys()
+
+
+def test_without_a_compiler_it_trains_all_the_same(tmp_path):
+    environment = {**os.environ, "CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    words = ["--dataset", "synthetic", "--depth", "8", "--iterations", "2", "--batch-size", "4", "--compile"]
+    done = subprocess.run([sys.executable, PROGRAM, *words, "--output-dir", tmp_path / "run"], env=environment,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("speed") and "not compiled (" in line]
+    assert "test error" in done.stdout.splitlines()[-1]
+
+
+def test_graphed_step_does_each_iteration_once(monkeypatch):
+    """With the CUDA calls replaced: a recording runs nothing, a replay runs the recorded step on what draws holds."""
+    class Recording:
+        def replay(self):
+            draws, rate = self.recorded
+            done.append((draws.tolist(), rate, "replayed"))
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    class Recorder:
+        def __init__(self, recording):
+            self.recording = recording
+
+        def __enter__(self):
+            nonlocal recording
+            recording = self.recording
+
+        def __exit__(self, *_):
+            nonlocal recording
+            recording = None
+
+    def step(net, optimizer, data, draws):
+        rate = optimizer.param_groups[0]["lr"]
+        if recording:
+            recording.recorded = draws, rate
+            recorded.append(rate)
+        else:
+            done.append((draws.tolist(), rate, "run"))
+        return static
+
+    recording, recorded, done, static = None, [], [], (torch.zeros(1), torch.ones(1))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+    monkeypatch.setattr(torch.cuda, "graph", Recorder)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(resnet, "step", step)
+    args, data = recipe(iterations=20), small_data()
+    net = nn.Linear(1, 1)
+    results = list(steps_of(net, data, args, step=resnet.GraphedStep()))
+    expected = list(itertools.islice(resnet.batches(40, 8, 0, "cpu"), 20))
+    rates = [0.1] * 10 + [0.01] * 5 + [0.001] * 5
+    assert [draws for draws, _, _ in done] == [draws.tolist() for draws in expected]
+    assert [rate for _, rate, _ in done] == pytest.approx(rates)
+    assert [how for _, _, how in done] == ["run"] * 3 + ["replayed"] * 17
+    assert recorded == pytest.approx([0.1, 0.01, 0.001])
+    assert not any(result is one for _, *results_of in results[3:] for result in results_of for one in static)
+
+
+@needs_cuda
+@pytest.mark.parametrize("argv", [["--no-compile"], ["--compile"], ["--compile", "--shortcut", "C"]], ids=" ".join)
+def test_graphed_and_compiled_equal_eager(argv, monkeypatch):
+    """40 iterations, in float32 with TF32 off, across both changes of the rate; without a wait from the fourth on."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    args = fast(*argv, "--depth", 14, "--batch-size", 32, "--precision", "float32", "--iterations", 40, "--lr", 0.01)
+    data = on_cuda(small_data(count=1000))
+    net = resnet.ResNet(14, shortcut=args.shortcut).cuda().to(memory_format=torch.channels_last)
+    other = copy.deepcopy(net)
+    model, step, words = resnet.speed_up(net, args, torch.device("cuda"))
+    assert words.endswith("CUDA graph") and "not compiled (" not in words
+    optimizer, optimizer2 = resnet.make_optimizer(net, args), resnet.make_optimizer(other, args)
+    ours = resnet.train(model, optimizer, data, args, resnet.Progress(), step)
+    theirs = resnet.train(other, optimizer2, data, args, resnet.Progress())
+    for k in range(40):
+        quiet = 5 < k < 20 and k % 31  # between recordings; the draws of an epoch are copied once in 31 iterations
+        torch.cuda.set_sync_debug_mode("error" if quiet else "default")
+        (_, loss, wrong) = next(ours)
+        torch.cuda.set_sync_debug_mode("default")
+        (_, loss2, wrong2) = next(theirs)
+        torch.testing.assert_close(loss, loss2, rtol=1e-3, atol=1e-4)
+        assert abs(wrong.item() - wrong2.item()) <= 1
+    assert_alike(net.state_dict(), other.state_dict(), 1e-3)
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        momentum, momentum2 = optimizer.state[p]["momentum_buffer"], optimizer2.state[q]["momentum_buffer"]
+        assert (momentum - momentum2).abs().max() <= 0.02 * momentum2.abs().max()
+
+
+def test_benchmark_needs_no_data_and_counts_its_arithmetic(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run(capsys, "--benchmark", "--depth", 8, "--batch-size", 32)
+    assert status == 0 and not list(tmp_path.iterdir())
+    ms, images, tflops = (float(word.replace(",", "")) for word in
+                          re.search(r"([\d.]+) ms .*: ([\d,]+) images/s, ([\d.]+) TFLOP/s", out).groups())
+    assert images == pytest.approx(32_000 / ms, rel=0.01)
+    # Multiplications of an image forward: 3x3 convolutions in 32x32, 16x16 and 8x8 pixels, the linear layer.
+    first = 9 * 3 * 16 * 32**2
+    others = 2 * 9 * 16 * 16 * 32**2 + 9 * (16 * 32 + 32 * 32) * 16**2 + 9 * (32 * 64 + 64 * 64) * 8**2 + 64 * 10
+    flop = 2 * (2 * first + 3 * others) * 32  # backward: again for the weights, and for the inputs but the first
+    assert tflops == pytest.approx(flop / ms / 1e9, abs=0.001)
+    assert "peak memory" in out
 
 
 # ----- The program --------------------------------------------------------------------------------------------------
@@ -644,7 +863,7 @@ def test_cuda_equals_cpu():
 
 def script(monkeypatch, steps, errors=None):
     """Have train() yield steps, of (iteration, rate, loss, wrong answers), and evaluate() return errors, or 50."""
-    def train(net, optimizer, data, args, progress):
+    def train(net, optimizer, data, args, progress, step):
         for iteration, rate, loss, wrong in steps:
             progress.iteration = iteration
             yield rate, torch.tensor(loss), torch.tensor(wrong)
