@@ -1,0 +1,68 @@
+"""All that needs a CUDA device, in one call (without one it shows that this script itself works):
+
+    python .ci/gpu.py                   # the tests, the ladder of speed, growth with depth
+    python .ci/gpu.py --data-dir DIR    # and two timed runs of 64,000 iterations on the images of --dataset folder
+    python .ci/gpu.py --peer DIR        # and the training of a checkout of akamaster/pytorch_resnet_cifar10 beside ours
+"""
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent.parent
+PEER = """
+import sys, time, numpy, torch, torchvision
+sys.path.insert(0, sys.argv[1])
+class Random(torchvision.datasets.CIFAR10):  # its loader and transforms as published, on random images
+    def __init__(self, root, train, transform, download=False):
+        self.transform, self.target_transform = transform, None
+        self.data = numpy.random.randint(0, 256, (int(sys.argv[3]) if train else 128, 32, 32, 3), dtype=numpy.uint8)
+        self.targets = numpy.random.randint(0, 10, len(self.data)).tolist()
+torchvision.datasets.CIFAR10 = Random
+if not torch.cuda.is_available():  # it calls .cuda() whatever there is
+    torch.Tensor.cuda = torch.nn.Module.cuda = lambda self: self
+import trainer
+epoch = trainer.train
+def timed(loader, *rest):
+    began = time.perf_counter()
+    epoch(loader, *rest)  # reads the loss of each iteration: when it returns, the device is done
+    print(f"peer: {len(loader.dataset) / (time.perf_counter() - began):,.0f} images/s")
+trainer.train = timed
+sys.argv[1:] = ["--arch", sys.argv[2], "--epochs", "2", "--save-dir", sys.argv[4], "--print-freq", "100000"]
+trainer.main()
+"""
+
+
+def call(title, *words, only=""):
+    print(f"== {title}", flush=True)
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=HERE, text=True, capture_output=True, check=False)
+    lines = done.stdout.splitlines() + (done.stderr.splitlines()[-15:] if done.returncode else [])
+    print("\n".join(line for line in lines if only in line or done.returncode))
+    print(f"   status {done.returncode}, {time.perf_counter() - began:.0f} s in all", flush=True)
+
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--data-dir")
+parser.add_argument("--peer")
+parser.add_argument("--depths", type=int, nargs="*", default=[20, 56, 110, 1202])
+parser.add_argument("--peer-images", type=int, default=50_000, help="an epoch of the peer")
+args = parser.parse_args()
+call("tests on CUDA", "-m", "pytest", "-q", "-rs", "-k", "cuda or graphed or compiled")
+for switches in (["--precision", "float32", "--no-channels-last", "--no-compile", "--no-graph"],
+                 ["--precision", "float32", "--no-compile", "--no-graph"],
+                 ["--no-compile", "--no-graph"], ["--no-graph"], ["--no-compile"], []):
+    for depth in args.depths[:3]:
+        call(f"{depth} layers {' '.join(switches)}", "resnet.py", "--depth", depth, "--benchmark", *switches)
+for depth in args.depths[3:]:
+    call(f"{depth} layers", "resnet.py", "--depth", depth, "--benchmark")
+with tempfile.TemporaryDirectory() as folder:
+    for depth in args.depths[:3] if args.peer else ():
+        call(f"{depth} layers, ours", "resnet.py", "--depth", depth, "--benchmark", only="images/s")
+        call(f"{depth} layers, peer, two epochs", "-c", PEER, Path(args.peer).resolve(), f"resnet{depth}",
+             args.peer_images, folder, only="peer: ")
+    for depth in (20, 110) if args.data_dir else ():
+        call(f"{depth} layers, 64,000 iterations", "resnet.py", "--depth", depth, "--dataset", "folder", "--data-dir",
+             Path(args.data_dir).resolve(), "--eval-every", 8000, "--output-dir", f"{folder}/{depth}")
