@@ -14,11 +14,12 @@ from pathlib import Path
 HERE = Path(__file__).parent.parent
 PEER = """
 import sys, time, numpy, torch, torchvision
-sys.path.insert(0, sys.argv[1])
+folder, net, images, output = sys.argv[1:]
+sys.path.insert(0, folder)
 class Random(torchvision.datasets.CIFAR10):  # its loader and transforms as published, on random images
     def __init__(self, root, train, transform, download=False):
         self.transform, self.target_transform = transform, None
-        self.data = numpy.random.randint(0, 256, (int(sys.argv[3]) if train else 128, 32, 32, 3), dtype=numpy.uint8)
+        self.data = numpy.random.randint(0, 256, (int(images) if train else 128, 32, 32, 3), dtype=numpy.uint8)
         self.targets = numpy.random.randint(0, 10, len(self.data)).tolist()
 torchvision.datasets.CIFAR10 = Random
 if not torch.cuda.is_available():  # it calls .cuda() whatever there is
@@ -30,7 +31,7 @@ def timed(loader, *rest):
     epoch(loader, *rest)  # reads the loss of each iteration: when it returns, the device is done
     print(f"peer: {len(loader.dataset) / (time.perf_counter() - began):,.0f} images/s")
 trainer.train = timed
-sys.argv[1:] = ["--arch", sys.argv[2], "--epochs", "2", "--save-dir", sys.argv[4], "--print-freq", "100000"]
+sys.argv[1:] = ["--arch", net, "--epochs", "2", "--save-dir", output, "--print-freq", "100000"]
 trainer.main()
 """
 
