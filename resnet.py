@@ -7,7 +7,7 @@
     python resnet.py --dataset synthetic --iterations 200    # no download, no GPU: about a minute
     python resnet.py --help
 
-Parts 1 to 4 are the paper; a reader can stop there. Parts 5 to 9 are the program around it. Sections, equations,
+Parts 1 to 4 are the paper; a reader can stop there. Parts 5 to 10 are the program around it. Sections, equations,
 tables and figures are those of arXiv:1512.03385, and so are words in quotes. "Choice" marks what it leaves open.
 """
 import argparse
@@ -766,7 +766,117 @@ def fit(net, optimizer, data, args, progress, folder, caught, again, model=None,
     return progress.rows[-1][4]
 
 
-# ----- 9. The command line ----------------------------------------------------------------------------------------
+# ----- 9. The report: runs side by side, as in Table 6 and Fig. 6 ---------------------------------------------------
+
+
+def name_of(args):
+    """What the paper calls the net of args: plain-20, ResNet-20. Table 6 is of option A."""
+    return f"plain-{args.depth}" if args.plain else f"ResNet-{args.depth}, option {args.shortcut}"
+
+
+def departures(args, planned):
+    """How a run departs from the paper's, as a list of words; planned is as in Run. Precision and seed do not count."""
+    defaults, found = make_parser().parse_args([]), []
+    if args.dataset != "cifar10":
+        found.append(f"{args.dataset} data")
+    found += ["tested on --val images"] if args.val else []
+    if planned != [64_000]:
+        found.append(" then ".join(f"{iterations:,}" for iterations in planned) + " iterations")
+    found += [f"{key.replace('_', ' ')} {vars(args)[key]:g}" for key in ("batch_size", "lr", "momentum", "weight_decay")
+              if vars(args)[key] != vars(defaults)[key]]
+    if args.warmup != (args.depth >= 110):
+        found.append(f"{'with' if args.warmup else 'without'} warm-up")
+    return found + ([f"{args.processes} processes"] if args.processes > 2 else [])  # the paper's two GPUs
+
+
+def read_runs(root):
+    """(groups of runs in root and its folders, lines that say which are left out and why).
+
+    The runs of a group differ by their seeds alone. notes are how they depart from the paper's, rows those of log.csv.
+    """
+    runs, left_out = {}, []
+    for path in sorted(root.rglob("run.json")):
+        try:
+            facts = json.loads(path.read_text())
+            args = argparse.Namespace(**facts["arguments"])
+            with open(path.with_name("log.csv"), newline="") as file:
+                head, *rows = csv.reader(file)
+            rows = [[float(cell) for cell in row] for row in rows]
+            if len(head) != 7 or any(len(row) != 7 or not all(map(math.isfinite, row)) for row in rows):
+                raise ValueError("a row of log.csv is not seven numbers")
+            if not rows:
+                raise ValueError("log.csv has no row yet")
+            done, asked = int(rows[-1][0]), int(facts["planned"][-1])
+            notes = departures(args, facts["planned"])
+            notes = (*notes, f"unfinished, {done:,} of {asked:,}") if done < asked else tuple(notes)
+            run = argparse.Namespace(path=path.parent, args=args, rows=rows, name=name_of(args), notes=notes,
+                                     hardware=str(facts["hardware"]), parameters=int(facts["parameters"]))
+            group = (not args.plain, int(args.depth), str(args.shortcut), notes, str(args.precision), run.hardware)
+            if args.seed in (seeds := runs.setdefault(group, {})):
+                raise ValueError(f"the same seed as {seeds[args.seed].path}")
+            seeds[args.seed] = run
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, csv.Error) as error:
+            why = f"no {error} in run.json" if isinstance(error, KeyError) else f"{error}"
+            left_out.append(f"left out: {path.parent}: {' '.join(why.split())}")
+    return [list(runs[group].values()) for group in sorted(runs)], left_out
+
+
+def spread(values):
+    """Mean +/- standard deviation of values in percent; of one value, itself."""
+    if len(values) == 1:
+        return f"{values[0]:.2f} %"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} % (n = {len(values)})"
+
+
+def report(root):
+    """Print the runs in root and its folders as a Markdown table, a line for the seeds of a net, and draw fig6.png."""
+    if not root.is_dir():
+        raise UserError(f"--report {root} is not a folder")
+    groups, left_out = read_runs(root)
+    if groups:
+        print("| net | parameters | data and recipe | precision | training error | test error | the paper | time | on |"
+              f"\n{9 * '|---'}|")
+    for group in groups:
+        first, last = group[0], [run.rows[-1] for run in group]
+        comparable = not (first.notes or first.args.plain) and first.args.shortcut == "A"
+        paper = PAPER.get(first.args.depth, "") if comparable else ""
+        seconds = timedelta(seconds=round(statistics.mean(row[6] for row in last)))
+        print(f"| {first.name} | {first.parameters:,} | {', '.join(first.notes) or 'as in the paper'} | "
+              f"{first.args.precision} | {spread([row[3] for row in last])} | {spread([row[4] for row in last])} | "
+              f"{paper} | {seconds} | {first.hardware} |")
+    if left_out:
+        print("\n".join(left_out))
+    if not groups:
+        raise UserError(f"--report {root}: no run to show in it (a run's folder has run.json and log.csv)")
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise UserError("the figure needs matplotlib: pip install matplotlib") from None
+    figure, panels = pyplot.subplots(1, 2, sharey=True, figsize=(12, 5), layout="constrained")
+    depths = sorted({group[0].args.depth for group in groups})
+    top = 0
+    for group in groups:
+        panel, colour = panels[0 if group[0].args.plain else 1], f"C{depths.index(group[0].args.depth) % 10}"
+        label = ", ".join([group[0].name, *group[0].notes])
+        for run in group:
+            x = [row[0] for row in run.rows]
+            panel.plot(x, [row[3] for row in run.rows], "--", color=colour, linewidth=1)
+            panel.plot(x, [row[4] for row in run.rows], color=colour, linewidth=2.5, label=label)
+            label = None
+            top = max([top] + [error for row in run.rows if 5 * row[0] >= x[-1] for error in row[3:5]])
+    for panel, title in zip(panels, ("plain", "residual"), strict=True):
+        panel.set(title=title, xlabel="iteration", ylim=(0, min(100, 1.05 * top)))
+        panel.grid(alpha=0.3)
+        if panel.lines:
+            panel.legend(fontsize=8)
+    panels[0].set_ylabel("error (%): training dashed, test bold")
+    figure.savefig(root / "fig6.png", dpi=100)
+    print(f"figure: {root / 'fig6.png'}")
+
+
+# ----- 10. The command line ---------------------------------------------------------------------------------------
 
 
 def number(kind, low, high=1e9):
@@ -824,6 +934,7 @@ def make_parser():
     group = group.add_mutually_exclusive_group()
     add(group, "--resume", "go on with the run in its folder, from its last checkpoint", False, action="store_true")
     add(group, "--test-only", "evaluate the net that is saved in the run's folder", False, action="store_true")
+    add(group, "--report", "compare the runs in this folder: a table, and the figure DIR/fig6.png", metavar="DIR")
     add(group, "--benchmark", "time iterations on random images; no data and no folder", False, action="store_true")
     return parser
 
@@ -886,6 +997,9 @@ def begin(args, folder, path, title, test):
 def run(parser, argv, again):
     """Train, or with --test-only evaluate, as argv asks; again is the command to go on with. Raises UserError."""
     args = parser.parse_args(argv)
+    if args.report:
+        report(Path(args.report))
+        return
     try:
         blocks_per_stage(args.depth)
     except ValueError as error:
@@ -901,7 +1015,7 @@ def run(parser, argv, again):
     name += f"-seed{args.seed}" if args.seed else ""
     folder = Path(args.output_dir or f"runs/{name}")
     path = folder / "checkpoint.pt"
-    title = f"plain-{args.depth}" if args.plain else f"ResNet-{args.depth}, option {args.shortcut}"
+    title = name_of(args)
     test = "validation" if args.val else "test"
     saved, progress = None, Run()
     if args.benchmark:
@@ -938,7 +1052,8 @@ def run(parser, argv, again):
                 raise UserError(f"{path} is of a run on other images than those of --data-dir {args.data_dir}")
             net.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
-    print(f"net     {title}, {sum(p.numel() for p in net.parameters()):,} parameters", flush=True)
+    parameters = sum(p.numel() for p in net.parameters())
+    print(f"net     {title}, {parameters:,} parameters", flush=True)
     if not args.benchmark:
         print(f"data    {args.dataset}, {len(data.images):,} training and {len(data.test_images):,} {test} images, "
               f"{len(data.classes)} classes", flush=True)
@@ -962,12 +1077,10 @@ def run(parser, argv, again):
             if not args.resume:
                 open(folder / "run.json", "x").close()  # of two runs that want the folder, one gets it
             repeat = {"arguments": vars(args), "planned": progress.planned, "versions": versions,
-                      "device": str(device), "hardware": hardware}
+                      "device": str(device), "hardware": hardware, "parameters": parameters}
             write(folder / "run.json", json.dumps(repeat, indent=2).encode())
         error = fit(net, optimizer, data, args, progress, folder, caught, again, model, one_step)
-    asked = ("plain", "shortcut", "dataset", "val", "batch_size", "lr", "momentum", "weight_decay")
-    as_paper = all(vars(args)[k] == parser.get_default(k) for k in asked) and args.warmup == (args.depth >= 110)
-    as_paper = as_paper and progress.planned == [64_000] and args.processes <= 2
+    as_paper = not (args.plain or departures(args, progress.planned)) and args.shortcut == "A"
     paper = f" (the paper: {PAPER[args.depth]})" if as_paper and args.depth in PAPER else ""
     print(f"{title}: {test} error {error:.2f} % after the last iteration{paper}; the net is in {path}; "
           f"{peak_memory(device)}")

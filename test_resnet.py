@@ -1610,6 +1610,109 @@ def test_errors_of_several_processes_are_one_line(tmp_path):
 # ----- The files ----------------------------------------------------------------------------------------------------
 
 
+def write_run(folder, errors, asked=None, parameters=269_722, hardware="2 threads", **changes):
+    """A run's folder, made without the program: errors are (iteration, training error, test error)."""
+    folder.mkdir(parents=True)
+    asked = asked or errors[-1][0]
+    arguments = {"depth": 20, "plain": False, "shortcut": "A", "dataset": "cifar10", "val": False, "batch_size": 128,
+                 "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "warmup": False, "seed": 0, "precision": "bf16",
+                 "processes": 1, "iterations": asked, **changes}
+    facts = {"arguments": arguments, "planned": [asked], "hardware": hardware, "parameters": parameters}
+    (folder / "run.json").write_text(json.dumps(facts))
+    lines = ["iteration,rate,train_loss,train_error,test_error,images_per_s,seconds"]
+    lines += [f"{i},0.1,1.5,{train},{test},100,{i // 100}" for i, train, test in errors]
+    (folder / "log.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_report_is_a_line_for_the_seeds_of_a_net(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for seed, (train, test) in enumerate([(1.0, 8.0), (2.0, 9.0), (3.0, 8.5)]):
+        write_run(tmp_path / f"a{seed}", [(32_000, 20.0, 22.0), (64_000, train, test)], seed=seed)
+    write_run(tmp_path / "b", [(64_000, 3.0, 9.75)], plain=True)
+    write_run(tmp_path / "c", [(500, 50.0, 55.5)], asked=64_000, depth=56)
+    write_run(tmp_path / "d", [(2000, 40.0, 42.25)], dataset="folder", seed=7)
+    write_run(tmp_path / "deep" / "e", [(64_000, 4.0, 6.5)], depth=110, warmup=True, precision="float32")
+    write_run(tmp_path / "f", [(64_000, 4.0, 6.6)], depth=110, lr=0.05, val=True)
+    write_run(tmp_path / "same", [(64_000, 4.0, 1.0)], seed=0)  # of the seed of a0: no evidence of its own
+    status, out, err = run(capsys, "--report", tmp_path)
+    assert (status, err) == (0, "")
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")]
+    table = {(row[0], row[2]): row[1:] for row in table[2:]}
+    assert len(table) == 6
+    row = table["ResNet-20, option A", "as in the paper"]
+    # Mean 8.5 and, by hand, the root of (0.25 + 0.25 + 0) / 2.
+    assert row[2:7] == ["bf16", "2.00 ± 1.00 % (n = 3)", "8.50 ± 0.50 % (n = 3)", "8.75 %", "0:10:40"]
+    assert table["plain-20", "as in the paper"][4:6] == ["9.75 %", ""]
+    assert table["ResNet-56, option A", "unfinished, 500 of 64,000"][4:6] == ["55.50 %", ""]
+    assert table["ResNet-20, option A", "folder data, 2,000 iterations"][4:6] == ["42.25 %", ""]
+    assert table["ResNet-110, option A", "as in the paper"][5].startswith("6.43 %")
+    assert table["ResNet-110, option A", "tested on --val images, lr 0.05, without warm-up"][5] == ""
+    assert f"left out: {tmp_path / 'same'}: the same seed as {tmp_path / 'a0'}" in out
+    with Image.open(tmp_path / "fig6.png") as image:
+        assert image.size == (1200, 500)
+
+
+def test_report_draws_figure_6(tmp_path, capsys, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    write_run(tmp_path / "a", [(32_000, 30.0, 22.0), (64_000, 1.0, 8.0)])
+    write_run(tmp_path / "b", [(500, 50.0, 55.5)], asked=64_000, plain=True)
+    write_run(tmp_path / "c", [(64_000, 2.0, 7.0)], depth=56)
+    assert run(capsys, "--report", tmp_path)[0] == 0
+    plain, residual = pyplot.gcf().axes
+    assert [plain.get_title(), residual.get_title()] == ["plain", "residual"]
+    assert plain.get_ylim() == residual.get_ylim()
+    training, test = residual.lines[:2]
+    assert (training.get_linestyle(), list(training.get_ydata())) == ("--", [30.0, 1.0])
+    assert (test.get_linestyle(), list(test.get_ydata()), list(test.get_xdata())) == ("-", [22.0, 8.0], [32e3, 64e3])
+    assert test.get_linewidth() > training.get_linewidth()
+    assert test.get_color() == training.get_color() == plain.lines[0].get_color() != residual.lines[2].get_color()
+    assert [text.get_text() for text in plain.get_legend().texts] == ["plain-20, unfinished, 500 of 64,000"]
+    pyplot.close("all")
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda folder: (folder / "log.csv").unlink(), lambda folder: (folder / "log.csv").write_text(""),
+    lambda folder: (folder / "log.csv").write_text("iteration,rate\n"),
+    lambda folder: (folder / "log.csv").write_bytes(b"a,b,c,d,e,f,g\n1,2,3,\xff\x00"),
+    lambda folder: (folder / "log.csv").write_text("a,b,c,d,e,f,g\n1,0.1,nan,nan,1,1,1\n"),
+    lambda folder: (folder / "log.csv").write_text("a,b,c,d,e,f,g\n1,0.1,1,2\n"),
+    lambda folder: (folder / "run.json").write_text(""), lambda folder: (folder / "run.json").write_text("[]"),
+    lambda folder: (folder / "run.json").write_text('{"arguments": {}, "planned": []}'),
+    lambda folder: ((folder / "run.json").unlink(), (folder / "run.json").mkdir())],
+    ids=["no log", "empty log", "no rows", "bytes", "nan", "torn", "empty", "list", "little", "folder"])
+def test_report_leaves_out_what_it_cannot_read(spoil, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    write_run(tmp_path / "bad", [(64_000, 3.0, 9.0)])
+    write_run(tmp_path / "good", [(64_000, 4.0, 8.0)])
+    spoil(tmp_path / "bad")
+    status, out, err = run(capsys, "--report", tmp_path)
+    assert (status, err) == (0, "")
+    assert len([line for line in out.splitlines() if line.startswith("| ResNet-20, option A |")]) == 1
+    assert [line for line in out.splitlines() if line.startswith(f"left out: {tmp_path / 'bad'}: ")]
+
+
+def test_report_without_runs_or_matplotlib_is_one_line(tmp_path, capsys, monkeypatch):
+    for folder, words in ((tmp_path, "no run to show"), (tmp_path / "none", "is not a folder")):
+        status, _, err = run(capsys, "--report", folder)
+        assert status == 2 and words in err and err.count("\n") == 1
+    write_run(tmp_path / "a", [(64_000, 4.0, 8.0)])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    status, out, err = run(capsys, "--report", tmp_path)
+    assert status == 2 and "pip install matplotlib" in err and err.count("\n") == 1
+    assert "| 8.00 % |" in out
+
+
+def test_report_reads_what_a_run_writes(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for seed in (0, 1):
+        run(capsys, "--dataset", "synthetic", "--depth", 8, "--iterations", 4, "--batch-size", 8, "--seed", seed,
+            "--output-dir", tmp_path / f"{seed}")
+    rows = [rows_of(tmp_path / f"{seed}")[-1] for seed in (0, 1)]
+    mean = sum(float(row["test_error"]) for row in rows) / 2
+    _, out, _ = run(capsys, "--report", tmp_path)
+    assert f"{mean:.2f} ± " in out and "| synthetic data, 4 iterations, batch size 8 |" in out
+
+
 def test_imports_at_the_top_are_torch_torchvision_and_the_standard_library():
     for node in ast.parse(PROGRAM.read_text(encoding="utf-8")).body:
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
