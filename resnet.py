@@ -997,7 +997,7 @@ def begin(args, folder, path, title, test):
 def run(parser, argv, again):
     """Train, or with --test-only evaluate, as argv asks; again is the command to go on with. Raises UserError."""
     args = parser.parse_args(argv)
-    if args.report:
+    if args.report is not None:
         report(Path(args.report))
         return
     try:
