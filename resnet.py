@@ -214,7 +214,7 @@ def draw_epoch(count, seed, epoch):
 
 
 def batches(count, batch_size, seed, device, start=0):
-    """Yield draws, (4, batch_size), from batch number start on, without end.
+    """Yield the columns of draw_epoch(count, seed, 0), 1, ... by batch_size, (4, batch_size), from batch start on.
 
     Choice: a batch may span two epochs, so that no image is dropped.
     """
@@ -234,7 +234,7 @@ def batches(count, batch_size, seed, device, start=0):
 def learning_rate(iteration, iterations, base=0.1, warm=False):
     """base, divided by 10 at 1/2 and again at 3/4 of the iterations: at 32k and 48k of 64k. iteration counts from 0.
 
-    warm: in the warm-up that section 4.2 gives to 110 layers. Choice: then at most base / 10, and the drops stay.
+    warm: in the warm-up that section 4.2 gives to 110 layers. Choice: then at most base / 10; no drop moves.
     """
     drops = (2 * iteration >= iterations) + (4 * iteration >= 3 * iterations)
     return base / 10 ** max(drops, int(warm))
@@ -298,7 +298,10 @@ def train(net, optimizer, data, args, progress, step=step):
 
 @torch.no_grad()
 def evaluate(net, images, labels, mean):
-    """The error of net in percent on "the single view of the original 32x32 image". Leaves net in training mode."""
+    """The error of net in percent on "the single view of the original 32x32 image". Leaves net in training mode.
+
+    images uint8 (N, 3, 32, 32), labels int64 (N,), mean float (3, 32, 32).
+    """
     net.eval()
     parts = zip(mine(images).split(500), mine(labels).split(500), strict=True)
     wrong = total(sum((net(normalise(x, mean)).argmax(dim=1) != y).sum() for x, y in parts))
@@ -465,7 +468,8 @@ class GraphedStep:
             return results
         rate = optimizer.param_groups[0]["lr"]
         if rate != self.rate:
-            self.graph = self.results = None  # before the next is recorded: its memory is free again
+            # Before the next is recorded: the memory of results and gradients is free again.
+            self.graph = self.results = None
             optimizer.zero_grad()
             self.rate, self.draws, self.graph = rate, draws.clone(), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):  # records, and runs nothing
@@ -504,11 +508,14 @@ def compile_blocks(net, args, device):
 
 
 def speed_up(net, args, device):
-    """(the module to train in place of net, the step() to train it with, what is on and off in words)."""
+    """(the module to train in place of net, the step() to train it with, what is on and off in words).
+
+    Compiles net's blocks in place, and sets what holds for the whole process: cuDNN's choices, glibc's memory. A
+    compiler that fails is told in the words, not raised.
+    """
     cuda = device.type == "cuda"
-    if cuda:  # cuDNN tries its algorithms; TF32 off: float32 is float32, in every evaluation too
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    if cuda:
+        torch.backends.cudnn.benchmark = True  # cuDNN tries its algorithms
     elif device.type == "cpu" and sys.platform == "linux":
         # glibc gives memory back to the kernel, and asks for it again page by page, in each iteration, if it may.
         with contextlib.suppress(OSError, AttributeError):  # another C library
@@ -543,7 +550,11 @@ def peak_memory(device):
 
 
 def benchmark(model, one_step, optimizer, args, device):
-    """Print what an iteration takes, of the ordinary train() on random images. It is the median of many."""
+    """Print what an iteration of train() takes on 10,000 random images: ms, images/s, TFLOP/s and peak memory.
+
+    For comparison, the TFLOP/s of a product of square matrices. Times are medians: of 200 iterations after 20 on CUDA,
+    of 20 after 3 elsewhere.
+    """
     from torch.utils.flop_counter import FlopCounterMode
     g = torch.Generator().manual_seed(0)
     images = torch.randint(256, (10_000, 3, 32, 32), generator=g, dtype=torch.uint8).to(device)
@@ -559,12 +570,12 @@ def benchmark(model, one_step, optimizer, args, device):
             torch.mps.synchronize()
         return time.perf_counter()
 
-    def gaps(run, warm, count):  # seconds of count runs, after some that do not count
-        for _ in range(warm):
-            run()
+    def gaps(call, before, count):  # seconds of each of count calls, after others that are not timed
+        for _ in range(before):
+            call()
         marks = [mark()]
         for _ in range(count):
-            run()
+            call()
             marks.append(mark())
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -575,14 +586,16 @@ def benchmark(model, one_step, optimizer, args, device):
     cuda = device.type == "cuda"
     count = 200 if cuda else 20
     seconds = statistics.median(gaps(lambda: next(iterations), 20 if cuda else 3, count))
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # of convolutions and products alone
+    memory = peak_memory(device)
+    # Of convolutions and products, forward and backward. A multiply-add is two operations; the paper counts it as one.
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
         ResNet(args.depth, args.plain, args.shortcut)(torch.zeros(args.batch_size, 3, 32, 32)).sum().backward()
     flop = counter.get_total_flops()
     size = 8192 if cuda else 2048
     square = torch.randn(size, size, device=device, dtype=torch.bfloat16 if args.precision == "bf16" else torch.float32)
     product = statistics.median(gaps(lambda: square @ square, 3, 10))
     print(f"{1000 * seconds:.2f} ms an iteration, the median of {count}: {args.batch_size / seconds:,.0f} images/s, "
-          f"{flop / seconds / 1e12:.3f} TFLOP/s; {peak_memory(device)}\n"
+          f"{flop / seconds / 1e12:.3f} TFLOP/s; {memory}\n"
           f"A product of {size} x {size} matrices in {args.precision}: {2 * size**3 / product / 1e12:.3f} TFLOP/s")
 
 
@@ -603,13 +616,13 @@ class Run(Progress):
 
     loss: torch.Tensor | float = 0.0  # the sum of the losses since the last row of the log
     wrong: torch.Tensor | int = 0  # wrong answers since then
-    seconds: float = 0.0
+    seconds: float = 0.0  # of training, evaluating and saving, without the time between stop and resumption
     rows: list = field(default_factory=list)
     planned: list = field(default_factory=list)  # args.iterations; more than one if a resumed run was given others
 
 
 def write(path, content):
-    """Write these bytes to path: beside it, down to the disk, then renamed over it. If that fails, path stays."""
+    """Write these bytes to path: beside it, down to the disk, then renamed over it. OSError leaves path as it was."""
     new = Path(f"{path}.new")
     try:
         with open(new, "wb") as file:
@@ -692,10 +705,11 @@ def catch_signals():
 
 
 def fit(net, optimizer, data, args, progress, folder, caught, again, model=None, one_step=step):
-    """Train net by one_step, or model, which has net in it; at each evaluation print a row and save.
+    """Train model, which is net or wraps it, by one_step; at each evaluation print a row and save net.
 
     Returns the last error in percent. A signal in caught ends the run after the iteration or evaluation at hand; it is
-    saved, and again is shown as the command to go on with.
+    saved, and again is shown as the command to go on with. A full disk, and a loss or weight that is not finite, end it
+    too, by SystemExit.
     """
     live, test = sys.stdout is not None and sys.stdout.isatty(), "val" if args.val else "test"
 
@@ -718,7 +732,7 @@ def fit(net, optimizer, data, args, progress, folder, caught, again, model=None,
     keep()  # before the first iteration: so a run can be resumed from its beginning on
     show(f"iteration     rate  train loss  train error  {test:>4} error  images/s   elapsed")
     model = model or net
-    if dist.is_initialized():  # BN's statistics are each process's own, as on the paper's two GPUs
+    if dist.is_initialized():  # BN's statistics are each process's own, as presumably on the paper's two GPUs
         with warnings.catch_warnings(action="ignore"):  # PyTorch warns that the option is to be renamed
             model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     done, counted = progress.iteration, time.perf_counter()  # from here on, for images/s
@@ -728,11 +742,11 @@ def fit(net, optimizer, data, args, progress, folder, caught, again, model=None,
         progress.loss, progress.wrong = progress.loss + loss, progress.wrong + wrong
         due = iteration % args.eval_every == 0 or iteration == args.iterations
         number = signalled()
-        if not (due or number) and time.perf_counter() - shown < (1 if live else 30):
+        if not (due or number) and time.perf_counter() - shown < (1 if live else 30):  # a line is overwritten, or stays
             continue  # without reading the sums: that would wait for the device
         steps = iteration - (progress.rows[-1][0] if progress.rows else 0)
         train_loss, train_error = float(progress.loss) / steps, 100 * int(progress.wrong) / (steps * args.batch_size)
-        weights = net.state_dict().values() if due or number else ()
+        weights = net.state_dict().values() if due or number else ()  # the loss is of those before the last update
         if not (math.isfinite(train_loss) and all(tensor.isfinite().all() for tensor in weights)):
             stop(1, f"by a loss or weight that is not finite, at iteration {iteration:,} (loss {train_loss}); the last "
                     "checkpoint is kept: try a lower --lr, and another --output-dir")
@@ -770,15 +784,18 @@ def fit(net, optimizer, data, args, progress, folder, caught, again, model=None,
 
 
 def name_of(args):
-    """What the paper calls the net of args: plain-20, ResNet-20. Table 6 is of option A."""
+    """The net of args in words: "plain-20", or "ResNet-20, option A"."""
     return f"plain-{args.depth}" if args.plain else f"ResNet-{args.depth}, option {args.shortcut}"
 
 
 def departures(args, planned):
-    """How a run departs from the paper's, as a list of words; planned is as in Run. Precision and seed do not count."""
+    """How a run departs from the paper's, as a list of words; planned is as in Run.
+
+    Seed and precision do not count, nor one device in place of the paper's two.
+    """
     defaults, found = make_parser().parse_args([]), []
     if args.dataset != "cifar10":
-        found.append(f"{args.dataset} data")
+        found.append(f"images of {args.data_dir}" if args.dataset == "folder" else f"{args.dataset} data")
     found += ["tested on --val images"] if args.val else []
     if planned != [64_000]:
         found.append(" then ".join(f"{iterations:,}" for iterations in planned) + " iterations")
@@ -789,10 +806,16 @@ def departures(args, planned):
     return found + ([f"{args.processes} processes"] if args.processes > 2 else [])  # the paper's two GPUs
 
 
+def paper_error(args, notes):
+    """What Table 6 has for the net of args, if notes, from departures(), is empty; otherwise ""."""
+    return "" if notes or args.plain or args.shortcut != "A" else PAPER.get(args.depth, "")
+
+
 def read_runs(root):
     """(groups of runs in root and its folders, lines that say which are left out and why).
 
-    The runs of a group differ by their seeds alone. notes are how they depart from the paper's, rows those of log.csv.
+    The runs of a group have the same net, data, recipe, precision, processes and hardware, and different seeds. A run
+    is a Namespace of path, args, rows (of log.csv), name, notes (its departures), hardware and parameters.
     """
     runs, left_out = {}, []
     for path in sorted(root.rglob("run.json")):
@@ -811,6 +834,7 @@ def read_runs(root):
             notes = (*notes, f"unfinished, {done:,} of {asked:,}") if done < asked else tuple(notes)
             run = argparse.Namespace(path=path.parent, args=args, rows=rows, name=name_of(args), notes=notes,
                                      hardware=str(facts["hardware"]), parameters=int(facts["parameters"]))
+            run.hardware = f"{int(args.processes)} x " * (args.processes > 1) + run.hardware
             group = (not args.plain, int(args.depth), str(args.shortcut), notes, str(args.precision), run.hardware)
             if args.seed in (seeds := runs.setdefault(group, {})):
                 raise ValueError(f"the same seed as {seeds[args.seed].path}")
@@ -822,7 +846,7 @@ def read_runs(root):
 
 
 def spread(values):
-    """Mean +/- standard deviation of values in percent; of one value, itself."""
+    """Mean +/- sample standard deviation of values in percent; of one value, itself."""
     if len(values) == 1:
         return f"{values[0]:.2f} %"
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} % (n = {len(values)})"
@@ -838,12 +862,10 @@ def report(root):
               f"\n{9 * '|---'}|")
     for group in groups:
         first, last = group[0], [run.rows[-1] for run in group]
-        comparable = not (first.notes or first.args.plain) and first.args.shortcut == "A"
-        paper = PAPER.get(first.args.depth, "") if comparable else ""
         seconds = timedelta(seconds=round(statistics.mean(row[6] for row in last)))
         print(f"| {first.name} | {first.parameters:,} | {', '.join(first.notes) or 'as in the paper'} | "
               f"{first.args.precision} | {spread([row[3] for row in last])} | {spread([row[4] for row in last])} | "
-              f"{paper} | {seconds} | {first.hardware} |")
+              f"{paper_error(first.args, first.notes)} | {seconds} | {first.hardware} |")
     if left_out:
         print("\n".join(left_out))
     if not groups:
@@ -856,15 +878,21 @@ def report(root):
         raise UserError("the figure needs matplotlib: pip install matplotlib") from None
     figure, panels = pyplot.subplots(1, 2, sharey=True, figsize=(12, 5), layout="constrained")
     depths = sorted({group[0].args.depth for group in groups})
-    top = 0
+    machines = {group[0].hardware for group in groups}
+    top, used = 0, set()
     for group in groups:
-        panel, colour = panels[0 if group[0].args.plain else 1], f"C{depths.index(group[0].args.depth) % 10}"
-        label = ", ".join([group[0].name, *group[0].notes])
+        first = group[0]
+        panel, k = panels[0 if first.args.plain else 1], depths.index(first.args.depth)
+        while (panel, k) in used:  # a colour a depth; of several groups of a depth, each has its own
+            k += len(depths)
+        used.add((panel, k))
+        label = ", ".join([first.name, *first.notes, first.args.precision] + [first.hardware] * (len(machines) > 1))
         for run in group:
             x = [row[0] for row in run.rows]
-            panel.plot(x, [row[3] for row in run.rows], "--", color=colour, linewidth=1)
-            panel.plot(x, [row[4] for row in run.rows], color=colour, linewidth=2.5, label=label)
+            panel.plot(x, [row[3] for row in run.rows], "--", color=f"C{k % 10}", linewidth=1)
+            panel.plot(x, [row[4] for row in run.rows], color=f"C{k % 10}", linewidth=2.5, label=label)
             label = None
+            # The first fifth, where every net is near chance, may leave the top.
             top = max([top] + [error for row in run.rows if 5 * row[0] >= x[-1] for error in row[3:5]])
     for panel, title in zip(panels, ("plain", "residual"), strict=True):
         panel.set(title=title, xlabel="iteration", ylim=(0, min(100, 1.05 * top)))
@@ -872,7 +900,10 @@ def report(root):
         if panel.lines:
             panel.legend(fontsize=8)
     panels[0].set_ylabel("error (%): training dashed, test bold")
-    figure.savefig(root / "fig6.png", dpi=100)
+    try:
+        figure.savefig(root / "fig6.png", dpi=100)
+    except OSError as error:
+        raise UserError(f"{root / 'fig6.png'} cannot be written: {error.strerror}") from error
     print(f"figure: {root / 'fig6.png'}")
 
 
@@ -923,7 +954,7 @@ def make_parser():
     group = parser.add_argument_group("speed", "None of it changes what is computed, but for rounding.")
     add(group, "--precision", "of training (default: bf16 where the device has it, or that of the run resumed)",
         choices=["bf16", "float32"])
-    add(group, "--channels-last", "the layout of weights and images", True, action=argparse.BooleanOptionalAction)
+    add(group, "--channels-last", "the layout of weights and feature maps", True, action=argparse.BooleanOptionalAction)
     add(group, "--compile", "compile the blocks (default: on CUDA)", action=argparse.BooleanOptionalAction)
     add(group, "--graph", "on CUDA, replay an iteration as one CUDA graph", True, action=argparse.BooleanOptionalAction)
     group = parser.add_argument_group("run")
@@ -940,7 +971,10 @@ def make_parser():
 
 
 def pick_device(name):
-    """The torch.device of this name, or the best there is. Raises UserError if a tensor cannot be put on it."""
+    """The torch.device of this name, or the best there is; of CUDA, made the current one, and without TF32.
+
+    Raises UserError if a tensor cannot be put on it.
+    """
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         if name.split(":")[0] not in ("cuda", "mps", "cpu"):
@@ -949,11 +983,14 @@ def pick_device(name):
             if name != "cuda":
                 raise ValueError("under torchrun choose cuda, which gives each process a GPU, or cpu")
             name = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(name)
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
     except Exception as error:
         line = str(error).partition("\n")[0]
         raise UserError(f"--device {name} cannot be used: {line}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams, graphs and events are those of the current device
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 is float32
+    return device
 
 
 def begin(args, folder, path, title, test):
@@ -1080,8 +1117,8 @@ def run(parser, argv, again):
                       "device": str(device), "hardware": hardware, "parameters": parameters}
             write(folder / "run.json", json.dumps(repeat, indent=2).encode())
         error = fit(net, optimizer, data, args, progress, folder, caught, again, model, one_step)
-    as_paper = not (args.plain or departures(args, progress.planned)) and args.shortcut == "A"
-    paper = f" (the paper: {PAPER[args.depth]})" if as_paper and args.depth in PAPER else ""
+    paper = paper_error(args, departures(args, progress.planned))
+    paper = f" (the paper: {paper})" if paper else ""
     print(f"{title}: {test} error {error:.2f} % after the last iteration{paper}; the net is in {path}; "
           f"{peak_memory(device)}")
     if caught:

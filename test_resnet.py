@@ -1180,12 +1180,34 @@ def test_file_that_is_no_saved_net(content, tmp_path, capsys):
     assert status == 2 and "checkpoint.pt is not a checkpoint" in err and len(err.splitlines()) == 1 and not caught
 
 
+@pytest.fixture
+def tf32():
+    """TF32's switches, which are no ordinary attributes, are put back after the test."""
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    yield
+    for backend, allowed in zip(backends, before, strict=True):
+        backend.allow_tf32 = allowed
+
+
 @pytest.mark.parametrize(("cuda", "mps", "best"), [(1, 1, "cuda"), (1, 0, "cuda"), (0, 1, "mps"), (0, 0, "cpu")])
-def test_best_device(cuda, mps, best, monkeypatch):
+def test_best_device(cuda, mps, best, monkeypatch, tf32):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: Namespace(device=device))
-    assert resnet.pick_device(None) == best
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: Namespace(device=torch.device(device)))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert resnet.pick_device(None) == torch.device(best)
+
+
+def test_a_cuda_device_is_the_current_one_and_without_tf32(monkeypatch, tf32):
+    current = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: Namespace(device=torch.device(device)))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    resnet.pick_device("cpu")
+    assert current == [] and torch.backends.cudnn.allow_tf32
+    assert resnet.pick_device("cuda:1") == torch.device("cuda:1") and current == [torch.device("cuda:1")]
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 class Bomb:
@@ -1630,21 +1652,26 @@ def test_report_is_a_line_for_the_seeds_of_a_net(tmp_path, capsys):
         write_run(tmp_path / f"a{seed}", [(32_000, 20.0, 22.0), (64_000, train, test)], seed=seed)
     write_run(tmp_path / "b", [(64_000, 3.0, 9.75)], plain=True)
     write_run(tmp_path / "c", [(500, 50.0, 55.5)], asked=64_000, depth=56)
-    write_run(tmp_path / "d", [(2000, 40.0, 42.25)], dataset="folder", seed=7)
+    write_run(tmp_path / "d", [(2000, 40.0, 42.25)], dataset="folder", data_dir="some", seed=7)
+    write_run(tmp_path / "g", [(2000, 40.0, 12.25)], dataset="folder", data_dir="others", seed=8)
+    write_run(tmp_path / "h", [(64_000, 4.0, 6.25)], processes=2, seed=9)
     write_run(tmp_path / "deep" / "e", [(64_000, 4.0, 6.5)], depth=110, warmup=True, precision="float32")
     write_run(tmp_path / "f", [(64_000, 4.0, 6.6)], depth=110, lr=0.05, val=True)
     write_run(tmp_path / "same", [(64_000, 4.0, 1.0)], seed=0)  # of the seed of a0: no evidence of its own
     status, out, err = run(capsys, "--report", tmp_path)
     assert (status, err) == (0, "")
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")]
-    table = {(row[0], row[2]): row[1:] for row in table[2:]}
-    assert len(table) == 6
+    two = [row for row in table if row[-1] == "2 x 2 threads"]  # BN of half a batch each is another experiment
+    assert [row[5] for row in two] == ["6.25 %"]
+    table = {(row[0], row[2]): row[1:] for row in table[2:] if row not in two}
+    assert len(table) == 7
     row = table["ResNet-20, option A", "as in the paper"]
     # Mean 8.5 and, by hand, the root of (0.25 + 0.25 + 0) / 2.
     assert row[2:7] == ["bf16", "2.00 ± 1.00 % (n = 3)", "8.50 ± 0.50 % (n = 3)", "8.75 %", "0:10:40"]
     assert table["plain-20", "as in the paper"][4:6] == ["9.75 %", ""]
     assert table["ResNet-56, option A", "unfinished, 500 of 64,000"][4:6] == ["55.50 %", ""]
-    assert table["ResNet-20, option A", "folder data, 2,000 iterations"][4:6] == ["42.25 %", ""]
+    assert table["ResNet-20, option A", "images of some, 2,000 iterations"][4:6] == ["42.25 %", ""]
+    assert table["ResNet-20, option A", "images of others, 2,000 iterations"][4:6] == ["12.25 %", ""]
     assert table["ResNet-110, option A", "as in the paper"][5].startswith("6.43 %")
     assert table["ResNet-110, option A", "tested on --val images, lr 0.05, without warm-up"][5] == ""
     assert f"left out: {tmp_path / 'same'}: the same seed as {tmp_path / 'a0'}" in out
@@ -1666,8 +1693,32 @@ def test_report_draws_figure_6(tmp_path, capsys, monkeypatch):
     assert (test.get_linestyle(), list(test.get_ydata()), list(test.get_xdata())) == ("-", [22.0, 8.0], [32e3, 64e3])
     assert test.get_linewidth() > training.get_linewidth()
     assert test.get_color() == training.get_color() == plain.lines[0].get_color() != residual.lines[2].get_color()
-    assert [text.get_text() for text in plain.get_legend().texts] == ["plain-20, unfinished, 500 of 64,000"]
+    assert [text.get_text() for text in plain.get_legend().texts] == ["plain-20, unfinished, 500 of 64,000, bf16"]
     pyplot.close("all")
+
+
+def test_figure_6_tells_apart_the_nets_of_a_depth(tmp_path, capsys):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    write_run(tmp_path / "a", [(64_000, 1.0, 8.0)])
+    write_run(tmp_path / "b", [(64_000, 1.0, 8.0)], precision="float32")
+    write_run(tmp_path / "c", [(64_000, 1.0, 8.0)], shortcut="B")
+    write_run(tmp_path / "d", [(64_000, 1.0, 8.0)], depth=56)
+    write_run(tmp_path / "e", [(64_000, 1.0, 8.0)], depth=56, hardware="another")
+    assert run(capsys, "--report", tmp_path)[0] == 0
+    residual = pyplot.gcf().axes[1]
+    assert len({line.get_color() for line in residual.lines}) == 5
+    labels = [text.get_text() for text in residual.get_legend().texts]
+    assert len(set(labels)) == 5 and "ResNet-20, option A, float32, 2 threads" in labels
+    pyplot.close("all")
+
+
+def test_a_figure_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    write_run(tmp_path / "a", [(64_000, 4.0, 8.0)])
+    (tmp_path / "fig6.png").mkdir()
+    status, out, err = run(capsys, "--report", tmp_path)
+    assert status == 2 and "fig6.png cannot be written" in err and err.count("\n") == 1
+    assert "| 8.00 % |" in out
 
 
 @pytest.mark.parametrize("spoil", [
