@@ -5,11 +5,14 @@
     python .ci/gpu.py --peer DIR        # and the training of a checkout of akamaster/pytorch_resnet_cifar10 beside ours
 """
 import argparse
+import csv
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import torch
 
 HERE = Path(__file__).parent.parent
 PEER = """
@@ -45,23 +48,32 @@ def call(title, *words, only=""):
     print(f"   status {done.returncode}, {time.perf_counter() - began:.0f} s in all", flush=True)
 
 
+def speed(depth, *switches):
+    """Train on synthetic images; print images/s of each half, the first of which compiles and records."""
+    with tempfile.TemporaryDirectory() as folder:
+        call(f"{depth} layers {' '.join(switches)}", "resnet.py", "--dataset", "synthetic", "--depth", depth,
+             "--iterations", 2 * args.iterations, "--eval-every", args.iterations, "--no-warmup", "--lr", 0.01,
+             "--output-dir", folder, *switches, only="speed")
+        with open(Path(folder, "log.csv"), newline="") as file:
+            rates = [int(row["images_per_s"]) for row in csv.DictReader(file)]
+        print("   images/s", *rates, *(f"{128_000 / rate:.2f} ms" for rate in rates[-1:]), flush=True)
+
+
 parser = argparse.ArgumentParser()
 parser.add_argument("--data-dir")
 parser.add_argument("--peer")
 parser.add_argument("--depths", type=int, nargs="*", default=[20, 56, 110, 1202])
+parser.add_argument("--iterations", type=int, default=400 if torch.cuda.is_available() else 10, help="timed")
 parser.add_argument("--peer-images", type=int, default=50_000, help="an epoch of the peer")
 args = parser.parse_args()
-call("tests on CUDA", "-m", "pytest", "-q", "-rs", "-k", "cuda or graphed or compiled")
-for switches in (["--precision", "float32", "--no-channels-last", "--no-compile", "--no-graph"],
-                 ["--precision", "float32", "--no-compile", "--no-graph"],
-                 ["--no-compile", "--no-graph"], ["--no-graph"], ["--no-compile"], []):
+call("tests on CUDA", "-m", "pytest", "-q", "-rs", "-k", "graphed or compiled or bf16")
+for switches in (["--precision", "float32", "--eager"], ["--eager"], ["--precision", "float32"], []):
     for depth in args.depths[:3]:
-        call(f"{depth} layers {' '.join(switches)}", "resnet.py", "--depth", depth, "--benchmark", *switches)
+        speed(depth, *switches)
 for depth in args.depths[3:]:
-    call(f"{depth} layers", "resnet.py", "--depth", depth, "--benchmark")
+    speed(depth)
 with tempfile.TemporaryDirectory() as folder:
     for depth in args.depths[:3] if args.peer else ():
-        call(f"{depth} layers, ours", "resnet.py", "--depth", depth, "--benchmark", only="images/s")
         call(f"{depth} layers, peer, two epochs", "-c", PEER, Path(args.peer).resolve(), f"resnet{depth}",
              args.peer_images, folder, only="peer: ")
     for depth in (20, 110) if args.data_dir else ():
