@@ -405,7 +405,8 @@ def read_checkpoint(path):
     """(what is saved in path, its rows). Raises an exception of any kind if it is not a checkpoint."""
     saved = torch.load(path, map_location="cpu", weights_only=True)
     rows = [Row(*row) for row in saved["rows"]]
-    numbers = all(type(value) in (int, float) and 0 <= value < 1e9 for row in rows for value in row)
+    numbers = all(type(value) in (int, float) and 0 <= value < math.inf for row in rows for value in row)
+    timedelta(seconds=rows[-1].seconds)  # raises OverflowError for more than it can hold
     if not numbers or not 0 < operator.index(rows[-1].iteration) <= saved["recipe"].get("iterations"):
         raise ValueError("its rows are not those of a run")
     return saved, rows
@@ -483,8 +484,7 @@ def run(args):
     digests = [hashlib.sha256(tensor.numpy()).hexdigest() for tensor in tensors]
     images, labels, test_images, test_labels = (tensor.to(args.device) for tensor in tensors)
     mean = images.sum(dim=0, dtype=torch.int64) / (255 * len(images))  # (3, 32, 32), summed exactly
-    net = ResNet(args.depth, args.plain, args.shortcut, len(classes))
-    net = net.to(args.device, memory_format=torch.channels_last)
+    net = ResNet(args.depth, args.plain, args.shortcut, len(classes)).to(args.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(net, args.lr, args.momentum, args.weight_decay)
     recipe = {key: value for key, value in vars(args).items() if key not in NOT_RECIPE}
     recipe.update(processes=processes, images=hashlib.sha256(repr([classes, digests]).encode()).hexdigest()[:8])
@@ -511,8 +511,8 @@ def run(args):
     steps = train(model, optimizer, images, labels, mean, last.iteration, warming_up, args.iterations, args.batch_size,
                   args.lr, args.seed, share, step)
     for row_end in range(last.iteration + eval_every, args.iterations + eval_every, eval_every):
-        loss_sum, wrong_sum, row_began = 0, 0, time.perf_counter()
-        shown = row_began
+        loss_sum = wrong_sum = 0
+        row_began = shown = time.perf_counter()
         for iteration, rate, loss, wrong, warming_up in islice(steps, min(row_end, args.iterations) - last.iteration):
             loss_sum, wrong_sum = loss_sum + loss, wrong_sum + wrong
             if live and time.perf_counter() - shown >= 1:  # the next line overwrites this one
@@ -536,7 +536,7 @@ def run(args):
         if rank == 0:
             momentum = {key: optimizer.state[p].get("momentum_buffer", 0 * p.data) for key, p in net.named_parameters()}
             save_checkpoint(folder, {**about, "code": code, "model": net.state_dict(), "momentum": momentum,
-                          "warming_up": warming_up, "rows": list(map(list, rows))})
+                                     "warming_up": warming_up, "rows": list(map(list, rows))})
     print(f"{name} has finished, trained in {args.precision}: test error {last.test_error:.2f} % after iteration "
           f"{last.iteration:,}. The net is in {path}. {advice}")
 
@@ -559,7 +559,7 @@ def report(root):
     """Print the runs in root and its folders as a Markdown table, a line for the seeds of a net, and draw fig6.png."""
     def spread(errors):
         return f"{statistics.mean(errors):.2f}{f' ± {statistics.stdev(errors):.2f}' if len(errors) > 1 else ''} %"
-    groups = {}  # {what the runs of a line have in common: {seed: (rows, hardware)}}
+    groups = {}  # {what the runs of a line have in common: {seed: (rows, device)}}
     for path in sorted(root.rglob("checkpoint.pt")):
         try:
             saved, rows = read_checkpoint(path)
@@ -583,7 +583,7 @@ def report(root):
         cells = [name, f"{parameters:,}", notes, precision, len(runs), spread([row.train_error for row in last]),
                  spread([row.test_error for row in last]), PAPER.get(name, "") if notes == "as in the paper" else "",
                  timedelta(seconds=round(statistics.mean(row.seconds for row in last))),
-                 ", ".join(sorted({hardware for _, hardware in runs.values()}))]
+                 ", ".join(sorted({device for _, device in runs.values()}))]
         print(f"| {' | '.join(map(str, cells))} |")
     from matplotlib.figure import Figure
     figure = Figure(figsize=(12, 5), layout="constrained")

@@ -684,7 +684,7 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(name, short_run, tm
 
 def test_rows_hold_what_was_trained_and_evaluated(tmp_path, capsys, monkeypatch):
     """A row every 2 of 5 iterations of 8 images, of known losses, answers and errors; the mean image by a loop."""
-    steps = [(1, 0.1, 4.0, 8), (2, 0.1, 2.0, 4), (3, 0.01, 1.0, 3), (4, 0.01, 0.5, 1), (5, 0.001, 0.25, 2)]
+    steps = [(1, 0.1, 4.0, 8), (2, 0.1, 2.0, 4), (3, 0.01, 2.0**51, 3), (4, 0.01, 0, 1), (5, 0.001, 0.25, 2)]
     errors = iter([3, 1, 2])
     monkeypatch.setattr(resnet, "train", lambda *_: (
         (number, rate, torch.tensor(loss), torch.tensor(wrong), False) for number, rate, loss, wrong in steps))
@@ -693,15 +693,15 @@ def test_rows_hold_what_was_trained_and_evaluated(tmp_path, capsys, monkeypatch)
             "--batch-size", 8, "--eval-every", 2, "--output-dir", tmp_path / "run"]
     status, out, _ = run(capsys, *argv)
     assert status == 0 and "25.00 % after iteration 5" in out.splitlines()[-1]  # the last, not the best
+    assert run(capsys, *argv)[0] == 0  # a run that has diverged reads its own checkpoint
     *tensors, classes = resnet.load_data("folder", tmp_path / "data")
     assert [t.tolist() for t in tensors[1::2]] == [[0] * 6 + [1] * 6, [0] * 4 + [1] * 4] and classes == ["cat", "dog"]
     assert tensors[2][7, :, 0, 0].tolist() == [103, 50, 100]  # the last dog
     assert [[float(value) for value in row.values()][:5] for row in rows_of(tmp_path / "run")] == [
-        [2, 0.1, 3.0, 75.0, 37.5], [4, 0.01, 0.75, 25.0, 12.5], [5, 0.001, 0.25, 25.0, 25.0]]
-    images = tensors[0]
-    by_loop, mean = sum(image.double() / 255 for image in images) / 12, checkpoint(tmp_path / "run")["mean"]
+        [2, 0.1, 3.0, 75.0, 37.5], [4, 0.01, 2.0**50, 25.0, 12.5], [5, 0.001, 0.25, 25.0, 25.0]]
+    by_loop, mean = sum(image.double() / 255 for image in tensors[0]) / 12, checkpoint(tmp_path / "run")["mean"]
     torch.testing.assert_close(mean.double(), by_loop, rtol=1e-6, atol=0)
-    torch.testing.assert_close(resnet.normalise(images, mean)[3], images[3] / 255 - by_loop.float())
+    torch.testing.assert_close(resnet.normalise(tensors[0], mean)[3], tensors[0][3] / 255 - by_loop.float())
 
 
 @pytest.mark.parametrize(("argv", "words"), [
