@@ -9,9 +9,10 @@
     python resnet.py --depth 56 --plain                      # the same net without its shortcuts
     python resnet.py --dataset synthetic --iterations 200    # no download, no GPU: about a minute
 
-Parts 1 to 4 are the paper, and you can stop there; parts 5 to 9 make a program of it. The paper asks why deeper plain
-nets train worse, "degradation"; its answer is the residual block. Sections, equations, tables, figures and words in
-quotes are those of arXiv:1512.03385. "Choice" marks what it leaves open.
+Parts 1 to 4 are the paper on CIFAR-10, and you can stop there; parts 5 to 8 and 10 make a program of it; part 9 has the
+nets of ImageNet. The paper asks why deeper plain nets train worse, "degradation"; its answer is the residual block.
+Sections, equations, tables, figures and words in quotes are those of arXiv:1512.03385. "Choice" marks what it leaves
+open.
 """
 import argparse
 import functools
@@ -121,10 +122,10 @@ def blocks_per_stage(depth):
     return n
 
 
-def make_stage(n, in_channels, out_channels, stride, shortcut):
-    """n residual blocks, 2n layers. The first block changes the dimensions."""
-    blocks = [ResidualBlock(in_channels, out_channels, stride, shortcut)]
-    blocks += [ResidualBlock(out_channels, out_channels, 1, shortcut) for _ in range(n - 1)]
+def make_stage(n, in_channels, out_channels, stride, shortcut, block=ResidualBlock):
+    """n blocks of the class block. The first one changes the dimensions."""
+    blocks = [block(in_channels, out_channels, stride, shortcut)]
+    blocks += [block(out_channels, out_channels, 1, shortcut) for _ in range(n - 1)]
     return nn.Sequential(*blocks)
 
 
@@ -273,6 +274,29 @@ def count_wrong(net, images, labels, mean):
     wrong = sum((net(normalise(x, mean)).argmax(dim=1) != y).sum() for x, y in batches)
     net.train()
     return wrong
+
+
+@torch.no_grad()
+def measure_responses(net, images, mean):
+    """Fig. 7: the standard deviation of each 3x3 layer's response, "after BN and before nonlinearity", over images.
+    images uint8 (N, 3, 32, 32), mean float (3, 32, 32) -> a list of 6n + 1 numbers, in the order of the layers: the
+    layers of a ResNet respond less the deeper it is, as each changes its input less. Leaves net in training mode."""
+    sums = {}  # {layer: (sum of the responses, sum of their squares)}, of all batches
+
+    def add(layer, inputs, response):
+        variance, average = (value.item() for value in torch.var_mean(response, correction=0))
+        total, squares = sums.get(layer, (0, 0))
+        sums[layer] = total + len(response) * average, squares + len(response) * (variance + average**2)
+
+    layers = [layer for name, layer in net.named_modules() if name.endswith(("bn1", "bn2"))]  # not those of projections
+    hooks = [layer.register_forward_hook(add) for layer in layers]
+    net.eval()
+    for x in images.split(500):
+        net(normalise(x, mean))
+    net.train()
+    for hook in hooks:
+        hook.remove()
+    return [math.sqrt(max(0, squares / len(images) - (total / len(images)) ** 2)) for total, squares in sums.values()]
 
 
 # ----- 5. Where the images come from ------------------------------------------------------------------------------
@@ -528,6 +552,7 @@ def run(args):
             sys.exit(f"resnet.py: the loss or a weight is not finite at iteration {iteration:,}: try a lower --lr")
         with torch.compiler.set_stance("force_eager"):  # what is compiled is for training
             wrong = sum_over_processes(count_wrong(model, test_images[share], test_labels[share], mean)).item()
+            responses = measure_responses(net, test_images, mean) if iteration == args.iterations else []
         last = Row(iteration, rate, train_loss, train_error, 100 * wrong / len(test_labels), images_per_s,
                    round(time.perf_counter() - began))
         rows.append(last)
@@ -535,13 +560,13 @@ def run(args):
               f"{images_per_s:>8,}  {timedelta(seconds=last.seconds)!s:>8}", flush=True)
         if rank == 0:
             momentum = {key: optimizer.state[p].get("momentum_buffer", 0 * p.data) for key, p in net.named_parameters()}
-            save_checkpoint(folder, {**about, "code": code, "model": net.state_dict(), "momentum": momentum,
-                                     "warming_up": warming_up, "rows": list(map(list, rows))})
+            save_checkpoint(folder, {**about, "code": code, "model": net.state_dict(), "momentum": momentum, "rows":
+                                     list(map(list, rows)), "responses": responses, "warming_up": warming_up})
     print(f"{name} has finished, trained in {args.precision}: test error {last.test_error:.2f} % after iteration "
           f"{last.iteration:,}. The net is in {path}. {advice}")
 
 
-# ----- 8. The report: runs side by side, as in Table 6 and Fig. 6 -------------------------------------------------
+# ----- 8. The report: runs side by side, as in Table 6, Fig. 6 and Fig. 7 -----------------------------------------
 
 PAPER = {"ResNet-20": "8.75 %", "ResNet-32": "7.51 %", "ResNet-44": "7.17 %", "ResNet-56": "6.97 %",  # Table 6
          "ResNet-110": "6.43 %, the best of five; mean 6.61 ± 0.16 %", "ResNet-1202": "7.93 %"}
@@ -556,10 +581,10 @@ def departures(recipe):
 
 
 def report(root):
-    """Print the runs in root and its folders as a Markdown table, a line for the seeds of a net, and draw fig6.png."""
+    """Print the runs in root and its folders as a Markdown table, a line for the seeds of a net; draw both figures."""
     def spread(errors):
         return f"{statistics.mean(errors):.2f}{f' ± {statistics.stdev(errors):.2f}' if len(errors) > 1 else ''} %"
-    groups = {}  # {what the runs of a line have in common: {seed: (rows, device)}}
+    groups = {}  # {what the runs of a line have in common: {seed: (rows, device, responses)}}
     for path in sorted(root.rglob("checkpoint.pt")):
         try:
             saved, rows = read_checkpoint(path)
@@ -569,8 +594,9 @@ def report(root):
             words = saved["net"], ", ".join(notes) or "as in the paper", recipe["precision"]
             if not "".join([*words, saved["device"]]).replace("|", "\n").isprintable():  # no bar, no control character
                 raise ValueError("its texts do not fit into a table")
+            responses = [float(std) for std in saved.get("responses", [])]
             runs = groups.setdefault((not recipe["plain"], parameters, recipe["processes"], *words), {})
-            if runs.setdefault(seed, (rows, saved["device"]))[0] is not rows:
+            if runs.setdefault(seed, (rows, saved["device"], responses))[0] is not rows:
                 raise ValueError("another run has the same recipe and seed")
         except Exception as error:  # the file may hold anything
             print(f"left out: {str(path)!r}: {error!r:.200}")
@@ -579,32 +605,97 @@ def report(root):
     print("| net | parameters | recipe | precision | seeds | training error | test error | paper | time | on |")
     print(10 * "|---" + "|")
     for (_, parameters, _, name, notes, precision), runs in sorted(groups.items()):
-        last = [rows[-1] for rows, _ in runs.values()]
+        last = [rows[-1] for rows, _, _ in runs.values()]
         cells = [name, f"{parameters:,}", notes, precision, len(runs), spread([row.train_error for row in last]),
                  spread([row.test_error for row in last]), PAPER.get(name, "") if notes == "as in the paper" else "",
                  timedelta(seconds=round(statistics.mean(row.seconds for row in last))),
-                 ", ".join(sorted({device for _, device in runs.values()}))]
+                 ", ".join(sorted({device for _, device, _ in runs.values()}))]
         print(f"| {' | '.join(map(str, cells))} |")
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    figure6, figure7 = Figure(figsize=(12, 5), layout="constrained"), Figure(figsize=(12, 7), layout="constrained")
+    panels, (in_order, by_size) = figure6.subplots(1, 2, sharey=True), figure7.subplots(2, 1, sharey=True)
     for (residual, _, _, *words), runs in sorted(groups.items()):
         panel, label = panels[int(residual)], ", ".join(words).replace("$", r"\$")
         colour = f"C{len(panel.get_legend_handles_labels()[1]) % 10}"  # the panel's next
-        for rows, _ in runs.values():
-            iterations = [row.iteration for row in rows]
+        for seed, (rows, _, responses) in runs.items():
+            iterations, layers = [row.iteration for row in rows], range(1, len(responses) + 1)
+            text = label if seed == min(runs) else None  # one entry of the legend for all seeds
             panel.plot(iterations, [row.train_error for row in rows], "--", color=colour, linewidth=1)
-            panel.plot(iterations, [row.test_error for row in rows], color=colour, linewidth=2.5, label=label)
-            label = None
+            panel.plot(iterations, [row.test_error for row in rows], color=colour, linewidth=2.5, label=text)
+            dash = "-" if residual else ":"
+            in_order.plot(layers, responses, dash, color=colour, label=text)
+            by_size.plot(layers, sorted(responses, reverse=True), dash, color=colour)
         panel.legend(fontsize=8)
-    top = min(100, max(2 * rows[-1].test_error + 1 for runs in groups.values() for rows, _ in runs.values()))
+    top = min(100, max(2 * rows[-1].test_error + 1 for runs in groups.values() for rows, _, _ in runs.values()))
     panels[0].set(title="plain", xlabel="iteration", ylabel="error (%): training dashed, test bold", ylim=(0, top))
     panels[1].set(title="residual", xlabel="iteration")
-    figure.savefig(root / "fig6.png", dpi=100)
-    print(f"figure: {root / 'fig6.png'}")
+    in_order.set(title="responses of the 3x3 layers: plain dotted", xlabel="layer", ylabel="std", ylim=(0, None))
+    by_size.set(xlabel="layer, sorted by the size of its response", ylabel="std")
+    in_order.legend(fontsize=8)
+    for name, figure in (("fig6.png", figure6), ("fig7.png", figure7)):
+        figure.savefig(root / name, dpi=100)
+        print(f"figure: {root / name}")
 
 
-# ----- 9. The command line ----------------------------------------------------------------------------------------
+# ----- 9. Appendix: the nets of ImageNet (sections 3.3, 3.4 and 4.1). The program does not train them -------------
+
+class BottleneckBlock(nn.Module):
+    """ResidualBlock with another F: 1x1, 3x3 and 1x1 convolutions, the first two of C_out / 4 channels (Fig. 5, right).
+    (N, C_in, H, W) -> (N, C_out, ceil(H / stride), ceil(W / stride)). Raises ValueError as ResidualBlock does."""
+
+    def __init__(self, in_channels, out_channels, stride=1, shortcut="B"):
+        super().__init__()
+        width = out_channels // 4
+        # The stride is in the first convolution: this gives Table 1's multiply-adds. torchvision has it in the 3x3 one.
+        self.conv1 = nn.Conv2d(in_channels, width, kernel_size=1, stride=stride, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, out_channels, kernel_size=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.shortcut = make_shortcut(shortcut, in_channels, out_channels, stride)
+
+    def forward(self, x):  # (N, C_in, H, W)
+        y = torch.relu(self.bn1(self.conv1(x)))  # (N, C_out / 4, ceil(H / stride), ceil(W / stride))
+        y = torch.relu(self.bn2(self.conv2(y)))  # (N, C_out / 4, ceil(H / stride), ceil(W / stride))
+        y = self.bn3(self.conv3(y))  # F(x): (N, C_out, ceil(H / stride), ceil(W / stride))
+        if self.shortcut is not None:
+            y = y + self.shortcut(x)
+        return torch.relu(y)
+
+
+class ImageNetResNet(nn.Module):
+    """A net of Table 1: (N, 3, 224, 224) -> logits (N, num_classes). 18, 34, 50, 101 or 152 layers; plain: 18 or 34.
+    This is the net alone: section 3.4's data and recipe are not in this file. torchvision's reference scripts for
+    classification can train it. Raises ValueError for another depth or shortcut. plain, shortcut: as in ResNet."""
+
+    def __init__(self, depth, plain=False, shortcut="B", num_classes=1000):
+        super().__init__()
+        blocks = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+        if depth not in blocks or (plain and depth >= 50):
+            raise ValueError(f"depth must be 18, 34, 50, 101 or 152, and 18 or 34 if plain, not {depth}")
+        block, width = (ResidualBlock, 64) if depth < 50 else (BottleneckBlock, 256)  # width: channels of stage 1
+        n, option = blocks[depth], None if plain else shortcut
+        self.conv1 = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.stage1 = make_stage(n[0], 64, width, 1, option, block)  # conv2_x in Table 1
+        self.stage2 = make_stage(n[1], width, 2 * width, 2, option, block)
+        self.stage3 = make_stage(n[2], 2 * width, 4 * width, 2, option, block)
+        self.stage4 = make_stage(n[3], 4 * width, 8 * width, 2, option, block)
+        self.fc = nn.Linear(8 * width, num_classes)
+        initialise(self)
+
+    def forward(self, x):  # (N, 3, 224, 224)
+        x = torch.relu(self.bn1(self.conv1(x)))  # (N, 64, 112, 112)
+        x = nn.functional.max_pool2d(x, kernel_size=3, stride=2, padding=1)  # (N, 64, 56, 56)
+        x = self.stage1(x)  # (N, width, 56, 56)
+        x = self.stage2(x)  # (N, 2 width, 28, 28)
+        x = self.stage3(x)  # (N, 4 width, 14, 14)
+        x = self.stage4(x)  # (N, 8 width, 7, 7)
+        return self.fc(x.mean(dim=(2, 3)))  # (N, num_classes)
+
+
+# ----- 10. The command line ---------------------------------------------------------------------------------------
 
 def make_parser():
     parser = argparse.ArgumentParser(allow_abbrev=False, description="CIFAR ResNets and plain nets of He et al., 2015")
@@ -625,7 +716,7 @@ def make_parser():
     add("--eager", action="store_true", help="on CUDA, neither compile the blocks nor record a CUDA graph")
     add("--eval-every", type=int, default=0, metavar="N", help="iterations a row (default: a tenth, at most 1000)")
     add("--output-dir", metavar="DIR", help="the run's folder (default: runs/resnet-56, runs/plain-56, ...)")
-    add("--report", type=Path, metavar="DIR", help="compare runs: a table, and DIR/fig6.png (needs matplotlib)")
+    add("--report", type=Path, metavar="DIR", help="compare the runs in DIR: a table, fig6.png and fig7.png")
     return parser
 
 

@@ -92,7 +92,9 @@ def by_hand(block, x):
         variance = ((y - mean) ** 2).mean(dim=(0, 2, 3), keepdim=True)
         return (y - mean) / (variance + 1e-5).sqrt() * w[f"{bn}.weight"][:, None, None] + w[f"{bn}.bias"][:, None, None]
 
-    y = convolution_bn(convolution_bn(x, "conv1", "bn1", stride).clamp(min=0), "conv2", "bn2", 1)
+    y, last = convolution_bn(x, "conv1", "bn1", stride), 3 if "conv3.weight" in w else 2
+    for k in range(2, last + 1):
+        y = convolution_bn(y.clamp(min=0), f"conv{k}", f"bn{k}", 1)
     if "shortcut.conv.weight" in w:
         y = y + convolution_bn(x, "shortcut.conv", "shortcut.bn", stride)
     elif block.shortcut is not None:
@@ -105,9 +107,10 @@ def by_hand(block, x):
 
 @pytest.mark.parametrize("shape", [(8, 8, 1), (8, 16, 2), (8, 16, 1), (8, 8, 2), (3, 8, 2)], ids=str)
 @pytest.mark.parametrize("shortcut", ["A", "B", "C", None])
-def test_block_equals_the_block_written_out(shortcut, shape):
+@pytest.mark.parametrize("kind", [resnet.ResidualBlock, resnet.BottleneckBlock])
+def test_block_equals_the_block_written_out(kind, shortcut, shape):
     torch.manual_seed(0)
-    block = noisy(resnet.ResidualBlock(*shape, shortcut)).double()
+    block = noisy(kind(*shape, shortcut)).double()
     projects = shortcut == "C" or (shortcut == "B" and shape != (8, 8, 1))
     assert ("shortcut.conv.weight" in block.state_dict(), block.shortcut is None) == (projects, shortcut is None)
     x = torch.randn(4, shape[0], 9, 7, dtype=torch.double, requires_grad=True)
@@ -117,29 +120,6 @@ def test_block_equals_the_block_written_out(shortcut, shape):
     for ours, theirs in zip(torch.autograd.grad((y * weight).sum(), inputs),
                             torch.autograd.grad((expected * weight).sum(), inputs), strict=True):
         torch.testing.assert_close(ours, theirs)
-
-
-def test_identity_shortcut_pixel_by_pixel():
-    x = torch.randn(2, 3, 5, 4)
-    x[0, 0] = float("nan")  # the zeros stay zero beside it
-    y = resnet.IdentityShortcut(3, 8, stride=2)(x)
-    assert y.shape == (2, 8, 3, 2)
-    for image, channel, row, column in itertools.product(range(2), range(8), range(3), range(2)):
-        source = channel - 2  # five new channels: two before, three after
-        value = x[image, source, 2 * row, 2 * column] if 0 <= source < 3 else torch.tensor(0.0)
-        torch.testing.assert_close(y[image, channel, row, column], value, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_option_b_equals_torchvision(training):
-    torch.manual_seed(0)
-    ours = noisy(resnet.ResidualBlock(16, 32, 2, "B")).train(training)
-    projection = nn.Sequential(nn.Conv2d(16, 32, 1, 2, bias=False), nn.BatchNorm2d(32))
-    theirs = torchvision.models.resnet.BasicBlock(16, 32, 2, projection).train(training)
-    theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)))
-    x = torch.randn(4, 16, 8, 8)
-    torch.testing.assert_close(ours(x), theirs(x))
-    torch.testing.assert_close(ours.bn2.running_var, theirs.bn2.running_var)
 
 
 def test_part_1_can_be_copied_out_with_torch_alone():
@@ -158,7 +138,8 @@ def test_parts_1_to_4_are_a_whole_program():
     nodes = list(ast.walk(ast.parse(text)))
     used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     local = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    local |= {node.arg for node in nodes if isinstance(node, ast.arg)} | {"stop"}  # Ctrl-C, of the program alone
+    local |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    local |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
     assert not used - local - {*space, *dir(builtins)}
     data, net = small_data(count=256), space["ResNet"](8)
     before, optimizer = net.fc.weight.clone(), space["make_optimizer"](net)
@@ -216,14 +197,15 @@ def test_net_equals_the_net_written_out(plain):
     assert next(tensors, None) is None
 
 
-def test_he_initialisation():
+@pytest.mark.parametrize("make", [lambda: resnet.ResNet(56, shortcut="B"), lambda: resnet.ImageNetResNet(50)])
+def test_he_initialisation(make):
     torch.manual_seed(0)
-    net = resnet.ResNet(56, shortcut="B")
+    net = make()
     for name, module in net.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             z = module.weight.detach() / (2 / module.weight[0].numel()) ** 0.5
             assert abs(z.std() - 1) < 5 / z.numel() ** 0.5 and abs(z.mean()) < 5 / z.numel() ** 0.5, name  # 5 errors
-    assert torch.equal(net.fc.bias, torch.zeros(10))
+    assert not net.fc.bias.any()
 
 
 @pytest.mark.parametrize(("depth", "nearest"), [(57, "56 and 62"), (21, "20 and 26"), (-4, "8 and 14")])
@@ -234,17 +216,21 @@ def test_bad_depths_and_blocks_are_refused(depth, nearest):
         resnet.IdentityShortcut(32, 16)
     with pytest.raises(ValueError, match="'D'"):
         resnet.ResidualBlock(16, 16, shortcut="D")
+    for bad, plain in ((depth, False), (50, True)):
+        with pytest.raises(ValueError, match=f"18, 34, 50, 101 or 152, and 18 or 34 if plain, not {bad}"):
+            resnet.ImageNetResNet(bad, plain)
 
 
-@pytest.mark.parametrize("option", ["plain", "A", "B", "C"])
-def test_net_pickles_copies_exports_and_loads(option):
+@pytest.mark.parametrize("make", [lambda: net_of(8, "plain"), lambda: net_of(8, "A"), lambda: net_of(8, "C"),
+    lambda: resnet.ImageNetResNet(34, plain=True), lambda: resnet.ImageNetResNet(50, shortcut="A")])
+def test_nets_pickle_copy_export_and_load(make):
     torch.manual_seed(0)
-    net, x = noisy(net_of(8, option)).eval(), torch.randn(2, 3, 32, 32)
-    y, other = net(x), net_of(8, option).eval()
-    other.load_state_dict(net.state_dict())
+    net, x, other = noisy(make()).eval(), torch.randn(2, 3, 32, 32), make().eval()
+    y, _ = net(x), other.load_state_dict(net.state_dict())
     assert all(torch.equal(twin(x), y) for twin in (other, pickle.loads(pickle.dumps(net)), copy.deepcopy(net)))
     torch.testing.assert_close(torch.export.export(net, (x,)).module()(x), y)
-    assert {key.split(".")[0] for key in net.state_dict()} == {"conv1", "bn1", "stage1", "stage2", "stage3", "fc"}
+    names = {key.split(".")[0] for key in net.state_dict()}
+    assert names - {"stage4"} == {"conv1", "bn1", "stage1", "stage2", "stage3", "fc"}
 
 
 # ----- Section 4.2: the data ----------------------------------------------------------------------------------------
@@ -402,6 +388,25 @@ def test_count_wrong_equals_a_loop_over_single_images():
     answers[:303] = (answers[:303] + 1) % 10
     assert resnet.count_wrong(net, images, answers, mean) == 303
     assert resnet.count_wrong(net, images[:3], answers[:3], mean) == 3
+
+
+def test_responses_of_layers_that_are_known():
+    """The first layer is 0 or 2, unevenly over the batches; each other one is +k or -k, whatever comes in."""
+    net = resnet.ResNet(8, shortcut="B")
+    norms = [module for name, module in net.named_modules() if isinstance(module, nn.BatchNorm2d) and name != "bn1"]
+    known = [bn for bn in norms if bn not in (net.stage2[0].shortcut.bn, net.stage3[0].shortcut.bn)]
+    with torch.no_grad():
+        for p in net.parameters():
+            p.zero_()
+        for k, bn in enumerate(known, start=1):
+            bn.bias.copy_(torch.tensor([k, -k]).repeat(len(bn.bias) // 2))
+        net.conv1.weight[:, 0, 1, 1] = 1  # the first colour
+        net.bn1.weight.fill_(2 * 1.00001**0.5)  # BN divides by the root of 1 + 1e-5
+    images = torch.zeros(750, 3, 32, 32, dtype=torch.uint8)
+    images[:250] = 255
+    responses = resnet.measure_responses(net, images, torch.zeros(3, 32, 32))
+    assert responses == pytest.approx([2 * (1 / 3 * 2 / 3) ** 0.5, 1, 2, 3, 4, 5, 6], rel=1e-6)
+    assert net.training and not any(module._forward_hooks for module in net.modules())
 
 
 # ----- Speed --------------------------------------------------------------------------------------------------------
@@ -573,7 +578,7 @@ def test_the_same_command_goes_on_and_then_says_that_it_has_finished(short_run, 
     monkeypatch.setattr(resnet, "train", lambda *args: (step if step[0] < 4 else sys.exit(9) for step in real(*args)))
     assert run(capsys, *argv)[0] == 9
     monkeypatch.undo()
-    assert [row["iteration"] for row in rows_of(folder)] == ["2"]
+    assert [row["iteration"] for row in rows_of(folder)] == ["2"] and checkpoint(folder)["responses"] == []
     status, out, _ = run(capsys, *argv)
     assert status == 0 and "on from iteration 2" in out and f"delete {folder}" in out
     assert facts(folder) == facts(tmp_path / "run")
@@ -583,7 +588,10 @@ def test_the_same_command_goes_on_and_then_says_that_it_has_finished(short_run, 
     for words in (error, str(folder / "checkpoint.pt"), f"delete {folder}", "--output-dir"):
         assert status == 0 and words in out.splitlines()[-1] and "Warning" not in out
     assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("*.pt")}
-    saved = checkpoint(folder)
+    saved, net = checkpoint(folder), resnet.ResNet(8, num_classes=2)
+    net.load_state_dict(saved["model"])
+    test_images = resnet.load_data("folder", tmp_path / "data")[2]
+    assert saved["responses"] == pytest.approx(resnet.measure_responses(net, test_images, saved["mean"]), rel=1e-4)
     assert saved["versions"].startswith(f"torch {torch.__version__}, torchvision {torchvision.__version__}, Python 3.")
     torch.save({**saved, "code": "of another program"}, folder / "checkpoint.pt")
     assert "Warning: resnet.py has changed" in run(capsys, *argv)[1].splitlines()[-1]
@@ -821,16 +829,53 @@ def test_torchrun(tmp_path):
     assert "on from iteration 6" in torchrun(tmp_path, PROGRAM, *argv, 6)[1]
 
 
+# ----- The nets of ImageNet: Table 1, and torchvision -----------------------------------------------------------------
+
+IMAGENET = {18: (11_689_512, 1.8), 34: (21_797_672, 3.6), 50: (25_557_032, 3.8), 101: (44_549_160, 7.6),
+            152: (60_192_808, 11.3)}  # parameters, and Table 1's billions of multiply-adds
+
+
+def multiply_adds(net):
+    """Of convolutions and fully connected layers for an image of 224x224, a net on the meta device."""
+    counts = []
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(lambda m, inputs, y: counts.append(y.numel() * m.weight[0].numel()))
+    net(torch.empty(1, 3, 224, 224, device="meta"))
+    return sum(counts) / 1e9
+
+
+@pytest.mark.parametrize("depth", IMAGENET)
+def test_imagenet_nets_are_those_of_table_1_and_torchvisions_with_another_stride(depth):
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        ours, vgg = resnet.ImageNetResNet(depth), (torchvision.models.vgg16(), torchvision.models.vgg19())
+    parameters, billions = IMAGENET[depth]
+    layers = [name for name, module in ours.named_modules()
+              if isinstance(module, nn.Conv2d | nn.Linear) and "shortcut" not in name]
+    assert (len(layers), sum(p.numel() for p in ours.parameters())) == (depth, parameters)
+    assert multiply_adds(ours) == pytest.approx(billions, rel=0.02) and billions < min(map(multiply_adds, vgg))
+    theirs = noisy(getattr(torchvision.models, f"resnet{depth}")(num_classes=7)).double().eval()
+    ours = resnet.ImageNetResNet(depth, num_classes=7).double().eval()
+    ours.load_state_dict(dict(zip(ours.state_dict(), theirs.state_dict().values(), strict=True)))
+    for module in theirs.modules():
+        if isinstance(module, torchvision.models.resnet.Bottleneck):  # it strides in the 3x3 convolution
+            module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
+    images = torch.randn(2, 3, 75, 64, dtype=torch.double)
+    torch.testing.assert_close(ours(images), theirs(images))
+
+
 # ----- The report and the files ---------------------------------------------------------------------------------------
 
-def write_run(folder, errors, asked=None, parameters=269_722, device="1 x 2 CPU threads", net="ResNet-20", **changes):
+def write_run(folder, errors, asked=None, parameters=269_722, device="1 x 2 CPU threads", net="ResNet-20", responses=(),
+              **changes):
     """A run's checkpoint, made without the program: errors are (iteration, training error, test error)."""
     folder.mkdir(parents=True)
     recipe = {"depth": 20, "plain": False, "shortcut": "A", "dataset": "cifar10", "val": False,
               "iterations": asked or errors[-1][0], "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4,
               "seed": 0, "warmup": False, "precision": "bf16", "processes": 1, "images": "0123abcd", **changes}
     rows = [[i, 0.1, 1.5, train, test, 100, i // 100] for i, train, test in errors]
-    torch.save({"net": net, "recipe": recipe, "rows": rows, "device": device,
+    torch.save({"net": net, "recipe": recipe, "rows": rows, "device": device, "responses": list(responses),
                 "momentum": {"all": torch.empty(parameters, dtype=torch.int8)}}, folder / "checkpoint.pt")
 
 
@@ -869,16 +914,26 @@ def test_report_is_a_line_for_the_seeds_of_a_net(tmp_path, capsys):
     assert len(left_out) == 5 and "same recipe and seed" in left_out[-1]
 
 
-def test_figure_6_and_what_stops_it(tmp_path, capsys, monkeypatch):
+def test_figures_6_and_7_and_what_stops_them(tmp_path, capsys, monkeypatch):
     figure, axes = pytest.importorskip("matplotlib.figure").Figure, []
     real = figure.savefig
     monkeypatch.setattr(figure, "savefig", lambda self, path, dpi: axes.extend(self.axes) or real(self, path, dpi=dpi))
     assert "no run to show" in run(capsys, "--report", tmp_path)[2]
-    write_run(tmp_path / "a", [(32_000, 30.0, 22.0), (64_000, 1.0, 8.0)])
+    write_run(tmp_path / "a", [(32_000, 30.0, 22.0), (64_000, 1.0, 8.0)], responses=[0.2, 0.4, 0.3])
     write_run(tmp_path / "b", [(500, 50.0, 55.5)], asked=64_000, net="plain-20", plain=True)
-    write_run(tmp_path / "c", [(64_000, 2.0, 7.0)], net="ResNet-56 $x", depth=56, parameters=853_018)
-    assert run(capsys, "--report", tmp_path)[0] == 0 and (tmp_path / "fig6.png").stat().st_size > 10_000
-    plain, residual = axes
+    write_run(tmp_path / "b1", [(500, 40.0, 45.5)], asked=64_000, net="plain-20", plain=True, seed=1, responses=[1, 2])
+    write_run(tmp_path / "c", [(64_000, 2.0, 7.0)], net="ResNet-56 $x", depth=56, parameters=853_018, responses=[0.1])
+    status, out, _ = run(capsys, "--report", tmp_path)
+    for name in ("fig6.png", "fig7.png"):
+        assert status == 0 and str(tmp_path / name) in out and (tmp_path / name).stat().st_size > 10_000
+    plain, residual, in_order, by_size = axes
+    for panel, responses in ((in_order, [[], [1, 2], [0.2, 0.4, 0.3], [0.1]]),
+                             (by_size, [[], [2, 1], [0.4, 0.3, 0.2], [0.1]])):
+        assert [list(line.get_ydata()) for line in panel.lines] == responses
+        assert [line.get_linestyle() for line in panel.lines] == [":", ":", "-", "-"]
+        assert [line.get_color() for line in panel.lines] == [
+            line.get_color() for line in (*plain.lines[1::2], *residual.lines[1::2])]
+    assert list(in_order.lines[2].get_xdata()) == list(by_size.lines[2].get_xdata()) == [1, 2, 3]
     training, test = residual.lines[:2]
     assert (training.get_linestyle(), list(training.get_ydata())) == ("--", [30.0, 1.0])
     assert (test.get_linestyle(), list(test.get_ydata()), list(test.get_xdata())) == ("-", [22.0, 8.0], [32e3, 64e3])
