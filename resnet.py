@@ -123,7 +123,7 @@ def blocks_per_stage(depth):
 
 
 def make_stage(n, in_channels, out_channels, stride, shortcut, block=ResidualBlock):
-    """n blocks of the class block. The first one changes the dimensions."""
+    """n blocks in a row. The first goes from in_channels to out_channels and has the stride."""
     blocks = [block(in_channels, out_channels, stride, shortcut)]
     blocks += [block(out_channels, out_channels, 1, shortcut) for _ in range(n - 1)]
     return nn.Sequential(*blocks)
@@ -270,7 +270,7 @@ def count_wrong(net, images, labels, mean):
     """The number of wrong answers on "the single view of the original 32x32 image", a tensor on the device.
     images uint8 (N, 3, 32, 32), labels int64 (N,), mean float (3, 32, 32). Leaves net in training mode, for train()."""
     net.eval()
-    batches = zip(images.tensor_split(20), labels.tensor_split(20), strict=True)  # in all processes 20: DDP
+    batches = zip(images.tensor_split(20), labels.tensor_split(20), strict=True)  # 20 in each process, as DDP needs
     wrong = sum((net(normalise(x, mean)).argmax(dim=1) != y).sum() for x, y in batches)
     net.train()
     return wrong
@@ -278,10 +278,12 @@ def count_wrong(net, images, labels, mean):
 
 @torch.no_grad()
 def measure_responses(net, images, mean):
-    """Fig. 7: the standard deviation of each 3x3 layer's response, "after BN and before nonlinearity", over images.
-    images uint8 (N, 3, 32, 32), mean float (3, 32, 32) -> a list of 6n + 1 numbers, in the order of the layers: the
-    layers of a ResNet respond less the deeper it is, as each changes its input less. Leaves net in training mode."""
-    sums = {}  # {layer: (sum of the responses, sum of their squares)}, of all batches
+    """Fig. 7: the standard deviation of each 3x3 layer's response, "after BN and before nonlinearity".
+    images uint8 (N, 3, 32, 32), mean float (3, 32, 32) -> a list of 6n + 1 numbers, in the order of the layers.
+    In the paper, layers of a ResNet respond less than those of a plain net, and less the deeper the ResNet is: each
+    changes its input less. Leaves net in training mode."""
+    # Choice: of test images, with BN as in testing, over all images, channels and pixels together.
+    sums = {}  # {layer: (mean response, mean squared response), each summed over the images}
 
     def add(layer, inputs, response):
         variance, average = (value.item() for value in torch.var_mean(response, correction=0))
@@ -296,7 +298,8 @@ def measure_responses(net, images, mean):
     net.train()
     for hook in hooks:
         hook.remove()
-    return [math.sqrt(max(0, squares / len(images) - (total / len(images)) ** 2)) for total, squares in sums.values()]
+    moments = [(total / len(images), squares / len(images)) for total, squares in map(sums.get, layers)]
+    return [math.sqrt(max(square - average**2, 0)) for average, square in moments]
 
 
 # ----- 5. Where the images come from ------------------------------------------------------------------------------
@@ -581,7 +584,7 @@ def departures(recipe):
 
 
 def report(root):
-    """Print the runs in root and its folders as a Markdown table, a line for the seeds of a net; draw both figures."""
+    """Print the runs below root as a Markdown table, a line for a net with all its seeds; draw Fig. 6 and Fig. 7."""
     def spread(errors):
         return f"{statistics.mean(errors):.2f}{f' ± {statistics.stdev(errors):.2f}' if len(errors) > 1 else ''} %"
     groups = {}  # {what the runs of a line have in common: {seed: (rows, device, responses)}}
@@ -614,24 +617,26 @@ def report(root):
     from matplotlib.figure import Figure
     figure6, figure7 = Figure(figsize=(12, 5), layout="constrained"), Figure(figsize=(12, 7), layout="constrained")
     panels, (in_order, by_size) = figure6.subplots(1, 2, sharey=True), figure7.subplots(2, 1, sharey=True)
-    for (residual, _, _, *words), runs in sorted(groups.items()):
-        panel, label = panels[int(residual)], ", ".join(words).replace("$", r"\$")
-        colour = f"C{len(panel.get_legend_handles_labels()[1]) % 10}"  # the panel's next
-        for seed, (rows, _, responses) in runs.items():
-            iterations, layers = [row.iteration for row in rows], range(1, len(responses) + 1)
-            text = label if seed == min(runs) else None  # one entry of the legend for all seeds
+    kinds = sorted({(parameters, *words) for _, parameters, _, _, *words in groups})
+    for (residual, parameters, _, *words), runs in sorted(groups.items()):
+        panel, dash = (panels[1], "-") if residual else (panels[0], ":")
+        label = ", ".join(words).replace("$", r"\$")
+        colour = f"C{kinds.index((parameters, *words[1:])) % 10}"  # the same for a plain net and its residual one
+        for k, (rows, _, _) in enumerate(runs.values()):
+            iterations, text = [row.iteration for row in rows], "" if k else label  # one line for all seeds
             panel.plot(iterations, [row.train_error for row in rows], "--", color=colour, linewidth=1)
             panel.plot(iterations, [row.test_error for row in rows], color=colour, linewidth=2.5, label=text)
-            dash = "-" if residual else ":"
+        panel.legend(fontsize=8)
+        for k, responses in enumerate(responses for _, _, responses in runs.values() if responses):  # finished runs
+            layers, text = range(1, len(responses) + 1), "" if k else label
             in_order.plot(layers, responses, dash, color=colour, label=text)
             by_size.plot(layers, sorted(responses, reverse=True), dash, color=colour)
-        panel.legend(fontsize=8)
+            in_order.legend(fontsize=8)
     top = min(100, max(2 * rows[-1].test_error + 1 for runs in groups.values() for rows, _, _ in runs.values()))
     panels[0].set(title="plain", xlabel="iteration", ylabel="error (%): training dashed, test bold", ylim=(0, top))
     panels[1].set(title="residual", xlabel="iteration")
     in_order.set(title="responses of the 3x3 layers: plain dotted", xlabel="layer", ylabel="std", ylim=(0, None))
     by_size.set(xlabel="layer, sorted by the size of its response", ylabel="std")
-    in_order.legend(fontsize=8)
     for name, figure in (("fig6.png", figure6), ("fig7.png", figure7)):
         figure.savefig(root / name, dpi=100)
         print(f"figure: {root / name}")
@@ -646,7 +651,7 @@ class BottleneckBlock(nn.Module):
     def __init__(self, in_channels, out_channels, stride=1, shortcut="B"):
         super().__init__()
         width = out_channels // 4
-        # The stride is in the first convolution: this gives Table 1's multiply-adds. torchvision has it in the 3x3 one.
+        # Choice: the stride is in the first convolution, as Table 1's multiply-adds ask; torchvision has it in the 3x3.
         self.conv1 = nn.Conv2d(in_channels, width, kernel_size=1, stride=stride, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
@@ -666,32 +671,34 @@ class BottleneckBlock(nn.Module):
 
 class ImageNetResNet(nn.Module):
     """A net of Table 1: (N, 3, 224, 224) -> logits (N, num_classes). 18, 34, 50, 101 or 152 layers; plain: 18 or 34.
-    This is the net alone: section 3.4's data and recipe are not in this file. torchvision's reference scripts for
-    classification can train it. Raises ValueError for another depth or shortcut. plain, shortcut: as in ResNet."""
+    plain and shortcut are as in ResNet. The paper has option A for 18 and 34 layers in Table 2, B for 50 and more.
+    This is the net alone, without section 3.4's data and recipe: torchvision's reference training takes such a net.
+    Raises ValueError for another depth or, unless plain, an unknown shortcut."""
 
     def __init__(self, depth, plain=False, shortcut="B", num_classes=1000):
         super().__init__()
         blocks = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
         if depth not in blocks or (plain and depth >= 50):
             raise ValueError(f"depth must be 18, 34, 50, 101 or 152, and 18 or 34 if plain, not {depth}")
-        block, width = (ResidualBlock, 64) if depth < 50 else (BottleneckBlock, 256)  # width: channels of stage 1
-        n, option = blocks[depth], None if plain else shortcut
+        n1, n2, n3, n4 = blocks[depth]
+        block, c = (ResidualBlock, 64) if depth < 50 else (BottleneckBlock, 256)  # c: the channels of stage 1
+        option = None if plain else shortcut
         self.conv1 = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
-        self.stage1 = make_stage(n[0], 64, width, 1, option, block)  # conv2_x in Table 1
-        self.stage2 = make_stage(n[1], width, 2 * width, 2, option, block)
-        self.stage3 = make_stage(n[2], 2 * width, 4 * width, 2, option, block)
-        self.stage4 = make_stage(n[3], 4 * width, 8 * width, 2, option, block)
-        self.fc = nn.Linear(8 * width, num_classes)
+        self.stage1 = make_stage(n1, 64, c, 1, option, block)  # conv2_x in Table 1
+        self.stage2 = make_stage(n2, c, 2 * c, 2, option, block)
+        self.stage3 = make_stage(n3, 2 * c, 4 * c, 2, option, block)
+        self.stage4 = make_stage(n4, 4 * c, 8 * c, 2, option, block)
+        self.fc = nn.Linear(8 * c, num_classes)
         initialise(self)
 
     def forward(self, x):  # (N, 3, 224, 224)
         x = torch.relu(self.bn1(self.conv1(x)))  # (N, 64, 112, 112)
         x = nn.functional.max_pool2d(x, kernel_size=3, stride=2, padding=1)  # (N, 64, 56, 56)
-        x = self.stage1(x)  # (N, width, 56, 56)
-        x = self.stage2(x)  # (N, 2 width, 28, 28)
-        x = self.stage3(x)  # (N, 4 width, 14, 14)
-        x = self.stage4(x)  # (N, 8 width, 7, 7)
+        x = self.stage1(x)  # (N, c, 56, 56)
+        x = self.stage2(x)  # (N, 2c, 28, 28)
+        x = self.stage3(x)  # (N, 4c, 14, 14)
+        x = self.stage4(x)  # (N, 8c, 7, 7)
         return self.fc(x.mean(dim=(2, 3)))  # (N, num_classes)
 
 

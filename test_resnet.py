@@ -920,25 +920,27 @@ def test_figures_6_and_7_and_what_stops_them(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(figure, "savefig", lambda self, path, dpi: axes.extend(self.axes) or real(self, path, dpi=dpi))
     assert "no run to show" in run(capsys, "--report", tmp_path)[2]
     write_run(tmp_path / "a", [(32_000, 30.0, 22.0), (64_000, 1.0, 8.0)], responses=[0.2, 0.4, 0.3])
-    write_run(tmp_path / "b", [(500, 50.0, 55.5)], asked=64_000, net="plain-20", plain=True)
-    write_run(tmp_path / "b1", [(500, 40.0, 45.5)], asked=64_000, net="plain-20", plain=True, seed=1, responses=[1, 2])
-    write_run(tmp_path / "c", [(64_000, 2.0, 7.0)], net="ResNet-56 $x", depth=56, parameters=853_018, responses=[0.1])
+    write_run(tmp_path / "b0", [(64_000, 50.0, 55.5)], net="plain-20", plain=True)
+    write_run(tmp_path / "b1", [(64_000, 40.0, 45.5)], net="plain-20", plain=True, seed=1, responses=[1, 2])
+    write_run(tmp_path / "c", [(64_000, 2.0, 7.0)], net="ResNet $x", depth=56, parameters=853_018, responses=[0.1])
+    write_run(tmp_path / "d", [(500, 2.0, 7.0)], asked=64_000, net="ResNet-56", depth=56, parameters=853_018)
     status, out, _ = run(capsys, "--report", tmp_path)
     for name in ("fig6.png", "fig7.png"):
         assert status == 0 and str(tmp_path / name) in out and (tmp_path / name).stat().st_size > 10_000
     plain, residual, in_order, by_size = axes
-    for panel, responses in ((in_order, [[], [1, 2], [0.2, 0.4, 0.3], [0.1]]),
-                             (by_size, [[], [2, 1], [0.4, 0.3, 0.2], [0.1]])):
+    for panel, responses in ((in_order, [[1, 2], [0.2, 0.4, 0.3], [0.1]]), (by_size, [[2, 1], [0.4, 0.3, 0.2], [0.1]])):
         assert [list(line.get_ydata()) for line in panel.lines] == responses
-        assert [line.get_linestyle() for line in panel.lines] == [":", ":", "-", "-"]
-        assert [line.get_color() for line in panel.lines] == [
-            line.get_color() for line in (*plain.lines[1::2], *residual.lines[1::2])]
-    assert list(in_order.lines[2].get_xdata()) == list(by_size.lines[2].get_xdata()) == [1, 2, 3]
+        assert [line.get_linestyle() for line in panel.lines] == [":", "-", "-"]
+        assert [line.get_color() for line in panel.lines] == ["C0", "C0", "C1"]
+    assert list(in_order.lines[1].get_xdata()) == list(by_size.lines[1].get_xdata()) == [1, 2, 3]
+    colours = [[line.get_color() for line in panel.lines] for panel in (plain, residual)]
+    assert colours == [["C0"] * 4, ["C0", "C0", "C1", "C1", "C2", "C2"]]
+    texts = [f"{name}, as in the paper, bf16" for name in ("plain-20", "ResNet-20", r"ResNet \$x")]
+    assert [text.get_text() for text in in_order.get_legend().texts] == texts
+    assert [text.get_text() for text in plain.get_legend().texts] == texts[:1]
     training, test = residual.lines[:2]
     assert (training.get_linestyle(), list(training.get_ydata())) == ("--", [30.0, 1.0])
     assert (test.get_linestyle(), list(test.get_ydata()), list(test.get_xdata())) == ("-", [22.0, 8.0], [32e3, 64e3])
-    assert test.get_color() == training.get_color() == plain.lines[0].get_color() != residual.lines[2].get_color()
-    assert [text.get_text() for text in plain.get_legend().texts] == ["plain-20, unfinished after 500, bf16"]
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     status, out, err = run(capsys, "--report", tmp_path)
     assert status == 2 and "matplotlib" in err and err.count("\n") == 1 and "| 8.00 % |" in out
