@@ -583,6 +583,37 @@ def departures(recipe):
     return [f"{key} {value}" for key, value in recipe.items() if key not in skip and value != paper[key]]
 
 
+def draw_figures(groups, root):
+    """Fig. 6, errors against iterations, and Fig. 7, the responses of finished runs. groups is made by report()."""
+    from matplotlib.figure import Figure
+    figure6, figure7 = Figure(figsize=(12, 5), layout="constrained"), Figure(figsize=(12, 7), layout="constrained")
+    panels, (in_order, by_size) = figure6.subplots(1, 2, sharey=True), figure7.subplots(2, 1, sharey=True)
+    kinds = sorted({(parameters, *words) for _, parameters, _, _, *words in groups})
+    for (residual, parameters, _, *words), runs in sorted(groups.items()):
+        panel, dash = (panels[1], "-") if residual else (panels[0], ":")
+        label = ", ".join(words).replace("$", r"\$")
+        colour = f"C{kinds.index((parameters, *words[1:])) % 10}"  # the same for a plain net and its residual one
+        for k, (rows, _, _) in enumerate(runs.values()):
+            iterations, text = [row.iteration for row in rows], "" if k else label  # one line for all seeds
+            panel.plot(iterations, [row.train_error for row in rows], "--", color=colour, linewidth=1)
+            panel.plot(iterations, [row.test_error for row in rows], color=colour, linewidth=2.5, label=text)
+        panel.legend(fontsize=8)
+        finished = [responses for _, _, responses in runs.values() if responses]
+        for k, responses in enumerate(finished):
+            layers, text = range(1, len(responses) + 1), "" if k else label
+            in_order.plot(layers, responses, dash, color=colour, label=text)
+            by_size.plot(layers, sorted(responses, reverse=True), dash, color=colour)
+            in_order.legend(fontsize=8)
+    top = min(100, max(2 * rows[-1].test_error + 1 for runs in groups.values() for rows, _, _ in runs.values()))
+    panels[0].set(title="plain", xlabel="iteration", ylabel="error (%): training dashed, test bold", ylim=(0, top))
+    panels[1].set(title="residual", xlabel="iteration")
+    in_order.set(title="responses of the 3x3 layers: plain dotted", xlabel="layer", ylabel="std", ylim=(0, None))
+    by_size.set(xlabel="layer, sorted by the size of its response", ylabel="std")
+    for name, figure in (("fig6.png", figure6), ("fig7.png", figure7)):
+        figure.savefig(root / name, dpi=100)
+        print(f"figure: {root / name}")
+
+
 def report(root):
     """Print the runs below root as a Markdown table, a line for a net with all its seeds; draw Fig. 6 and Fig. 7."""
     def spread(errors):
@@ -614,32 +645,7 @@ def report(root):
                  timedelta(seconds=round(statistics.mean(row.seconds for row in last))),
                  ", ".join(sorted({device for _, device, _ in runs.values()}))]
         print(f"| {' | '.join(map(str, cells))} |")
-    from matplotlib.figure import Figure
-    figure6, figure7 = Figure(figsize=(12, 5), layout="constrained"), Figure(figsize=(12, 7), layout="constrained")
-    panels, (in_order, by_size) = figure6.subplots(1, 2, sharey=True), figure7.subplots(2, 1, sharey=True)
-    kinds = sorted({(parameters, *words) for _, parameters, _, _, *words in groups})
-    for (residual, parameters, _, *words), runs in sorted(groups.items()):
-        panel, dash = (panels[1], "-") if residual else (panels[0], ":")
-        label = ", ".join(words).replace("$", r"\$")
-        colour = f"C{kinds.index((parameters, *words[1:])) % 10}"  # the same for a plain net and its residual one
-        for k, (rows, _, _) in enumerate(runs.values()):
-            iterations, text = [row.iteration for row in rows], "" if k else label  # one line for all seeds
-            panel.plot(iterations, [row.train_error for row in rows], "--", color=colour, linewidth=1)
-            panel.plot(iterations, [row.test_error for row in rows], color=colour, linewidth=2.5, label=text)
-        panel.legend(fontsize=8)
-        for k, responses in enumerate(responses for _, _, responses in runs.values() if responses):  # finished runs
-            layers, text = range(1, len(responses) + 1), "" if k else label
-            in_order.plot(layers, responses, dash, color=colour, label=text)
-            by_size.plot(layers, sorted(responses, reverse=True), dash, color=colour)
-            in_order.legend(fontsize=8)
-    top = min(100, max(2 * rows[-1].test_error + 1 for runs in groups.values() for rows, _, _ in runs.values()))
-    panels[0].set(title="plain", xlabel="iteration", ylabel="error (%): training dashed, test bold", ylim=(0, top))
-    panels[1].set(title="residual", xlabel="iteration")
-    in_order.set(title="responses of the 3x3 layers: plain dotted", xlabel="layer", ylabel="std", ylim=(0, None))
-    by_size.set(xlabel="layer, sorted by the size of its response", ylabel="std")
-    for name, figure in (("fig6.png", figure6), ("fig7.png", figure7)):
-        figure.savefig(root / name, dpi=100)
-        print(f"figure: {root / name}")
+    draw_figures(groups, root)
 
 
 # ----- 9. Appendix: the nets of ImageNet (sections 3.3, 3.4 and 4.1). The program does not train them -------------
