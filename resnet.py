@@ -607,7 +607,7 @@ def draw_figures(groups, root):
     top = min(100, max(2 * rows[-1].test_error + 1 for runs in groups.values() for rows, _, _ in runs.values()))
     panels[0].set(title="plain", xlabel="iteration", ylabel="error (%): training dashed, test bold", ylim=(0, top))
     panels[1].set(title="residual", xlabel="iteration")
-    in_order.set(title="responses of the 3x3 layers: plain dotted", xlabel="layer", ylabel="std", ylim=(0, None))
+    in_order.set(title="responses of the 3x3 layers: plain dotted", xlabel="layer", ylabel="std", yscale="log")
     by_size.set(xlabel="layer, sorted by the size of its response", ylabel="std")
     for name, figure in (("fig6.png", figure6), ("fig7.png", figure7)):
         figure.savefig(root / name, dpi=100)
