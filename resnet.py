@@ -678,7 +678,7 @@ class BottleneckBlock(nn.Module):
 class ImageNetResNet(nn.Module):
     """A net of Table 1: (N, 3, 224, 224) -> logits (N, num_classes). 18, 34, 50, 101 or 152 layers; plain: 18 or 34.
     plain and shortcut are as in ResNet. The paper has option A for 18 and 34 layers in Table 2, B for 50 and more.
-    This is the net alone, without section 3.4's data and recipe: torchvision's reference training takes such a net.
+    This is the net alone, without section 3.4's data and recipe: torchvision's reference training can take such a net.
     Raises ValueError for another depth or, unless plain, an unknown shortcut."""
 
     def __init__(self, depth, plain=False, shortcut="B", num_classes=1000):
