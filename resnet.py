@@ -283,12 +283,13 @@ def measure_responses(net, images, mean):
     In the paper, layers of a ResNet respond less than those of a plain net, and less the deeper the ResNet is: each
     changes its input less. Leaves net in training mode."""
     # Choice: of test images, with BN as in testing, over all images, channels and pixels together.
-    sums = {}  # {layer: (mean response, mean squared response), each summed over the images}
+    moments = {}  # {layer: (mean response, mean squared response)}, so far as the images have been seen
 
     def add(layer, inputs, response):
         variance, average = (value.item() for value in torch.var_mean(response, correction=0))
-        total, squares = sums.get(layer, (0, 0))
-        sums[layer] = total + len(response) * average, squares + len(response) * (variance + average**2)
+        first, second = moments.get(layer, (0, 0))
+        share = len(response) / len(images)
+        moments[layer] = first + share * average, second + share * (variance + average**2)
 
     layers = [layer for name, layer in net.named_modules() if name.endswith(("bn1", "bn2"))]  # not those of projections
     hooks = [layer.register_forward_hook(add) for layer in layers]
@@ -298,8 +299,7 @@ def measure_responses(net, images, mean):
     net.train()
     for hook in hooks:
         hook.remove()
-    moments = [(total / len(images), squares / len(images)) for total, squares in map(sums.get, layers)]
-    return [math.sqrt(max(square - average**2, 0)) for average, square in moments]
+    return [math.sqrt(max(second - first**2, 0)) for first, second in map(moments.get, layers)]
 
 
 # ----- 5. Where the images come from ------------------------------------------------------------------------------

@@ -68,6 +68,13 @@ def noisy(net):
     return net
 
 
+def layers_and_parameters(net):
+    """Their numbers: the paper counts convolutions and fully connected layers, but not the projections."""
+    layers = [name for name, module in net.named_modules()
+              if isinstance(module, nn.Conv2d | nn.Linear) and "shortcut" not in name]
+    return len(layers), sum(p.numel() for p in net.parameters())
+
+
 def write_folder(root, classes=("cat", "dog"), train=6, test=4):
     """A tiny data set for --dataset folder: one grey level a class, so that it is easy to learn."""
     for part, count in (("train", train), ("test", test)):
@@ -167,10 +174,7 @@ def test_parameters_and_layers(depth, option):
     with torch.device("meta"):  # shapes without memory
         net = net_of(depth, option)
     expected = PARAMETERS[option.replace("plain", "A")][DEPTHS.index(depth)]
-    assert sum(p.numel() for p in net.parameters()) == expected
-    layers = [name for name, module in net.named_modules()
-              if isinstance(module, (nn.Conv2d, nn.Linear)) and "shortcut" not in name]
-    assert len(layers) == depth
+    assert layers_and_parameters(net) == (depth, expected)
     assert all(module.bias is None for module in net.modules() if isinstance(module, nn.Conv2d))
 
 
@@ -393,8 +397,7 @@ def test_count_wrong_equals_a_loop_over_single_images():
 def test_responses_of_layers_that_are_known():
     """The first layer is 0 or 2, unevenly over the batches; each other one is +k or -k, whatever comes in."""
     net = resnet.ResNet(8, shortcut="B")
-    norms = [module for name, module in net.named_modules() if isinstance(module, nn.BatchNorm2d) and name != "bn1"]
-    known = [bn for bn in norms if bn not in (net.stage2[0].shortcut.bn, net.stage3[0].shortcut.bn)]
+    known = [bn for block in (*net.stage1, *net.stage2, *net.stage3) for bn in (block.bn1, block.bn2)]
     with torch.no_grad():
         for p in net.parameters():
             p.zero_()
@@ -410,9 +413,6 @@ def test_responses_of_layers_that_are_known():
 
 
 # ----- Speed --------------------------------------------------------------------------------------------------------
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 
 def fast(device, *argv):
     """The arguments as run() has them when it calls speed_up()."""
@@ -468,7 +468,7 @@ print(loss.isfinite().item(), [module for module in net.modules() if module._com
     assert first.startswith("speed   float32, not compiled (") and last == "True []"
 
 
-@needs_cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("option", ["plain", "A", "C", "fails"])
 def test_graphed_and_compiled_equal_eager(option, capsys):
     """40 iterations across both drops of the rate, with no synchronisation once there is a graph; one may fail."""
@@ -851,9 +851,7 @@ def test_imagenet_nets_are_those_of_table_1_and_torchvisions_with_another_stride
     with torch.device("meta"):
         ours, vgg = resnet.ImageNetResNet(depth), (torchvision.models.vgg16(), torchvision.models.vgg19())
     parameters, billions = IMAGENET[depth]
-    layers = [name for name, module in ours.named_modules()
-              if isinstance(module, nn.Conv2d | nn.Linear) and "shortcut" not in name]
-    assert (len(layers), sum(p.numel() for p in ours.parameters())) == (depth, parameters)
+    assert layers_and_parameters(ours) == (depth, parameters)
     assert multiply_adds(ours) == pytest.approx(billions, rel=0.02) and billions < min(map(multiply_adds, vgg))
     theirs = noisy(getattr(torchvision.models, f"resnet{depth}")(num_classes=7)).double().eval()
     ours = resnet.ImageNetResNet(depth, num_classes=7).double().eval()
