@@ -10,9 +10,9 @@
     python resnet.py --dataset synthetic --iterations 200    # no download, no GPU: about a minute
 
 Parts 1 to 4 are the paper on CIFAR-10, and you can stop there; parts 5 to 8 and 10 make a program of it; part 9 has the
-nets of ImageNet. The paper asks why deeper plain nets train worse, "degradation"; its answer is the residual block.
-Sections, equations, tables, figures and words in quotes are those of arXiv:1512.03385. "Choice" marks what it leaves
-open.
+nets of ImageNet. Deeper plain nets train worse ("degradation"), though extra layers that pass on their input would do
+no harm. Why, the paper leaves open; its remedy is the residual block, which makes such layers easy to learn. Sections,
+equations, tables, figures and words in quotes are those of arXiv:1512.03385. "Choice" marks what it leaves open.
 """
 import argparse
 import functools
@@ -93,7 +93,7 @@ class ResidualBlock(nn.Module):
     """relu(y) with y = F(x) + x (Eqn. 1) or F(x) + W_s x (Eqn. 2); F is conv-BN-relu-conv-BN (Fig. 2, section 3.4).
     (N, C_in, H, W) -> (N, C_out, ceil(H / stride), ceil(W / stride)).
     shortcut is an option of make_shortcut(), which raises ValueError; None leaves it out: the plain block, relu(F(x)).
-    Why + x: the block has to learn only what to change, and is the identity (after a relu) if F goes to 0."""
+    Why + x: F learns only the change to x. With F = 0 the block is the identity, as x is a relu's: relu(x) = x."""
 
     def __init__(self, in_channels, out_channels, stride=1, shortcut="A"):
         super().__init__()
@@ -141,8 +141,8 @@ def initialise(net):
 class ResNet(nn.Module):
     """The net of 6n + 2 layers of section 4.2: (N, 3, 32, 32) -> logits (N, num_classes); the loss has the softmax.
     The layers counted are the first convolution, 6n convolutions in 3n blocks, and the fully connected layer; BN and
-    the projections of options B and C are not. plain leaves out all shortcuts; shortcut is as in ResidualBlock.
-    Raises ValueError for a depth that is not 6n + 2 or, unless plain, an unknown shortcut."""
+    the projections of options B and C are not. plain leaves out all shortcuts; shortcut is as in ResidualBlock, for
+    CIFAR the paper has A. Raises ValueError for a depth that is not 6n + 2 or, unless plain, an unknown shortcut."""
 
     def __init__(self, depth, plain=False, shortcut="A", num_classes=10):
         super().__init__()
@@ -207,7 +207,7 @@ def draw_batch(count, batch_size, seed, iteration, device):
 BATCH_SIZE = 128  # Choice: BN sees all of them; on the paper's two GPUs presumably 64 each
 ITERATIONS = 64_000
 LEARNING_RATE = 0.1
-MOMENTUM = 0.9  # Choice: PyTorch's form; Caffe's differs only just after a drop of the rate
+MOMENTUM = 0.9  # Choice: PyTorch's form; Caffe's differs only just after a change of the rate
 WEIGHT_DECAY = 0.0001  # Choice: on all parameters, those of BN too
 WARM_UP_DEPTH = 110  # from this depth on. Choice: 1202 layers warm up as 110 do
 
@@ -218,7 +218,7 @@ def make_optimizer(net, lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT
 
 def learning_rate(iteration, iterations=ITERATIONS, base=LEARNING_RATE, warming_up=False):
     """base, divided by 10 at 1/2 and again at 3/4 of the iterations: at 32k and 48k. iteration counts from 0.
-    In the warm-up, as 0.1 is too large for 110 layers to start with, it is base / 10. Choice: the drops stay put."""
+    In the warm-up, as 0.1 is too large to start 110 layers, it is base / 10. Choice: the drops do not wait for it."""
     drops = (2 * iteration >= iterations) + (4 * iteration >= 3 * iterations)
     return base / 10 ** max(drops, int(warming_up))
 
@@ -245,7 +245,7 @@ def train(net, optimizer, images, labels, mean, start=0, warming_up=False, itera
           batch_size=BATCH_SIZE, lr=LEARNING_RATE, seed=0, share=slice(None), forward_backward=forward_backward):
     """A generator: train net; after each iteration, yield (iterations done, rate, loss, wrong answers, warming_up).
     images uint8 (N, 3, 32, 32), labels int64 (N,), mean float (3, 32, 32). start is the number of iterations done
-    before; while warming up, a multiple of 100. share is the part of each batch that this process takes."""
+    before; while warming up, a multiple of 100. share: this process's part of a batch. forward_backward: see part 6."""
     net.train()
     warm_up_wrong = 0
     for iteration in range(start, iterations):
@@ -270,7 +270,7 @@ def count_wrong(net, images, labels, mean):
     """The number of wrong answers on "the single view of the original 32x32 image", a tensor on the device.
     images uint8 (N, 3, 32, 32), labels int64 (N,), mean float (3, 32, 32). Leaves net in training mode, for train()."""
     net.eval()
-    batches = zip(images.tensor_split(20), labels.tensor_split(20), strict=True)  # 20 in each process, as DDP needs
+    batches = zip(images.tensor_split(20), labels.tensor_split(20), strict=True)  # DDP (part 7): 20 in each process
     wrong = sum((net(normalise(x, mean)).argmax(dim=1) != y).sum() for x, y in batches)
     net.train()
     return wrong
@@ -280,8 +280,8 @@ def count_wrong(net, images, labels, mean):
 def measure_responses(net, images, mean):
     """Fig. 7: the standard deviation of each 3x3 layer's response, "after BN and before nonlinearity".
     images uint8 (N, 3, 32, 32), mean float (3, 32, 32) -> a list of 6n + 1 numbers, in the order of the layers.
-    In the paper, layers of a ResNet respond less than those of a plain net, and less the deeper the ResNet is: each
-    changes its input less. Leaves net in training mode."""
+    In the paper, ResNets respond less than plain nets: F is nearer to 0 than what a plain block learns. And the deeper
+    the ResNet is, the less each layer changes the signal. Leaves net in training mode."""
     # Choice: of test images, with BN as in testing, over all images, channels and pixels together.
     moments = {}  # {layer: (mean response, mean squared response)}, so far as the images have been seen
 
@@ -405,7 +405,7 @@ def speed_up(net, args, batch_size):
     if args.eager:
         print(f"speed   {args.precision}, eager", flush=True)
         return step
-    # All blocks of a shape share their code: a step of 14 layers compiles all that 1202 need, or shows what is missing.
+    # Blocks of a shape share code: a step of 14 layers compiles all that 1202 need, or fails here, with net untouched.
     small = ResNet(14, args.plain, args.shortcut).to(args.device, memory_format=torch.channels_last)
     try:
         compile_blocks(small)
@@ -576,7 +576,8 @@ PAPER = {"ResNet-20": "8.75 %", "ResNet-32": "7.51 %", "ResNet-44": "7.17 %", "R
 
 
 def departures(recipe):
-    """What in a recipe is not the paper's, in words. Precision, and one process in place of two GPUs, do not count."""
+    """What in a recipe is not the paper's, in words, and the checksum of images that are not CIFAR-10's.
+    Precision, and one process in place of two GPUs, do not count."""
     paper = {**vars(make_parser().parse_args([])), "warmup": recipe["depth"] >= WARM_UP_DEPTH,
              "processes": min(recipe["processes"], 2), "images": recipe["dataset"] == "cifar10" and recipe["images"]}
     skip = ("depth", "plain", "shortcut", "seed", "precision")
