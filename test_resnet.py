@@ -498,39 +498,29 @@ def test_graphed_and_compiled_equal_eager(option, capsys):
 
 # ----- A run ----------------------------------------------------------------------------------------------------------
 
-def in_child(argv, output, limit):
-    with open(output, "a") as sys.stdout:
-        torch.set_num_threads(1)
-        if limit:
-            import resource  # not on Windows
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        try:
-            resnet.main([str(word) for word in argv])
-        except SystemExit as end:
-            print(end, flush=True)
-            os._exit(1)
-        os._exit(0)
+# A run of some seconds that warms up for a part of them.
+LONG = ["--dataset", "synthetic", "--depth", 8, "--iterations", 400, "--batch-size", 4, "--eval-every", 100, "--warmup",
+        "--device", "cpu"]
 
 
-@pytest.fixture
-def spawn(tmp_path):
-    """Start the program in a process of its own, forked from one that has imported torch already."""
+def in_child(folder, limit):
+    sys.stdout = sys.stderr = open(f"{folder}.txt", "a")  # noqa: SIM115 - until this process ends
+    torch.set_num_threads(1)
+    if limit:
+        import resource  # not on Windows
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    resnet.main([str(word) for word in [*LONG, "--output-dir", folder]])
+
+
+def spawn(folder, limit=None):
+    """Start the LONG run in a process of its own, forked from one that has imported torch already."""
     if sys.platform == "win32":
         pytest.skip("needs forks and signals")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-
-    def start(*argv, limit=None):
-        child = context.Process(target=in_child, args=([*LONG, *argv], tmp_path / "output", limit))
-        child.start()
-        return child
-
-    return start
-
-
-# A run of some seconds that warms up for a part of them.
-LONG = ["--dataset", "synthetic", "--depth", 8, "--iterations", 400, "--batch-size", 4, "--eval-every", 100, "--warmup",
-        "--device", "cpu"]
+    child = context.Process(target=in_child, args=(folder, limit))
+    child.start()
+    return child
 
 
 def facts(folder):
@@ -542,16 +532,16 @@ def facts(folder):
     return {**saved, "rows": [row[:5] for row in saved["rows"]], "mean": saved["mean"].tolist()}
 
 
-def test_12_kills_change_nothing(spawn, tmp_path):
+def test_12_kills_change_nothing(tmp_path):
     """SIGKILL at random moments; the same command each time; the run ends like one that was left alone."""
-    spawn("--output-dir", tmp_path / "alone").join()
+    spawn(tmp_path / "alone").join()
     expected, whole = facts(tmp_path / "alone"), 1 + checkpoint(tmp_path / "alone")["rows"][-1][6]  # seconds
     assert [row[0] for row in expected["rows"]] == [100, 200, 300, 400]
     assert {0.01, 0.1} <= {round(row[1], 9) for row in expected["rows"]}  # it warms up, but not all the time
     chance, kills, finished, midway = random.Random(0), 0, 0, 0
     while kills < 12 or not finished:
         folder = tmp_path / f"killed{finished}"
-        child = spawn("--output-dir", folder)
+        child = spawn(folder)
         child.join(whole * chance.uniform(0.25, 0.6) if kills < 12 else None)
         if child.exitcode is None:
             child.kill()
@@ -650,15 +640,15 @@ def test_what_is_no_checkpoint_is_told_in_one_line_and_left_as_it_is(short_run, 
         assert path.read_bytes() == before and not Path("exploded").exists()
 
 
-def test_full_disk_keeps_the_last_checkpoint(spawn, tmp_path):
+def test_full_disk_keeps_the_last_checkpoint(tmp_path):
     folder = tmp_path / "full"
-    child = spawn("--output-dir", folder)
+    child = spawn(folder)
     while not (folder / "checkpoint.pt").exists():
         time.sleep(0.01)
     child.kill()
-    before, child = checkpoint(folder)["rows"], spawn("--output-dir", folder, limit=100_000)
+    before, child = checkpoint(folder)["rows"], spawn(folder, limit=100_000)
     child.join()
-    last = (tmp_path / "output").read_text().splitlines()[-1]
+    last = (tmp_path / "full.txt").read_text().splitlines()[-1]
     assert child.exitcode == 1 and f"{folder / 'checkpoint.pt'} cannot be written (File too large)" in last
     assert "same command" in last and checkpoint(folder)["rows"] == before and len(list(folder.iterdir())) == 2
 
