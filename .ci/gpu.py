@@ -1,9 +1,12 @@
-"""All that needs a CUDA device, in one call (without one it shows that this script itself works):
+"""Everything that needs a CUDA device, in one call.
 
-    python .ci/gpu.py                   # the tests, the ladder of speed, growth with depth
-    python .ci/gpu.py --data-dir DIR    # and two timed runs of 64,000 iterations on the images of --dataset folder
-    python .ci/gpu.py --peer DIR        # and the training of a checkout of akamaster/pytorch_resnet_cifar10 beside ours
+    python .ci/gpu.py                   # the tests, the speed with and without each trick
+    python .ci/gpu.py --data-dir DIR    # also two timed runs of 64,000 iterations, --dataset folder
+    python .ci/gpu.py --peer DIR        # also akamaster/pytorch_resnet_cifar10, checked out in DIR
+
+Without a device, it only shows that this script itself works.
 """
+
 import argparse
 import csv
 import subprocess
@@ -19,10 +22,11 @@ PEER = """
 import sys, time, numpy, torch, torchvision
 folder, net, images, output = sys.argv[1:]
 sys.path.insert(0, folder)
-class Random(torchvision.datasets.CIFAR10):  # its loader and transforms as published, on random images
+class Random(torchvision.datasets.CIFAR10):  # its own loader and transforms, random images
     def __init__(self, root, train, transform, download=False):
         self.transform, self.target_transform = transform, None
-        self.data = numpy.random.randint(0, 256, (int(images) if train else 128, 32, 32, 3), dtype=numpy.uint8)
+        count = int(images) if train else 128
+        self.data = numpy.random.randint(0, 256, (count, 32, 32, 3), dtype=numpy.uint8)
         self.targets = numpy.random.randint(0, 10, len(self.data)).tolist()
 torchvision.datasets.CIFAR10 = Random
 if not torch.cuda.is_available():  # it calls .cuda() whatever there is
@@ -42,40 +46,87 @@ trainer.main()
 def call(title, *words, only=""):
     print(f"== {title}", flush=True)
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=HERE, text=True, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=HERE, text=True, capture_output=True, check=False
+    )
     lines = done.stdout.splitlines() + (done.stderr.splitlines()[-15:] if done.returncode else [])
     print("\n".join(line for line in lines if only in line or done.returncode))
     print(f"   status {done.returncode}, {time.perf_counter() - began:.0f} s in all", flush=True)
 
 
 def speed(depth, *switches):
-    """Train on synthetic images; print images/s of each half, the first of which compiles and records."""
+    """Train on synthetic images; print images/s of each half. The first compiles and records."""
     with tempfile.TemporaryDirectory() as folder:
-        call(f"{depth} layers {' '.join(switches)}", "resnet.py", "--dataset", "synthetic", "--depth", depth,
-             "--iterations", 2 * args.iterations, "--eval-every", args.iterations, "--no-warmup", "--lr", 0.01,
-             "--output-dir", folder, *switches, only="speed")
+        call(
+            f"{depth} layers {' '.join(switches)}",
+            "resnet.py",
+            "--dataset",
+            "synthetic",
+            "--depth",
+            depth,
+            "--iterations",
+            2 * args.iterations,
+            "--eval-every",
+            args.iterations,
+            "--no-warmup",
+            "--lr",
+            0.01,
+            "--output-dir",
+            folder,
+            *switches,
+            only="--eager does not",
+        )
         with open(Path(folder, "log.csv"), newline="") as file:
             rates = [int(row["images_per_s"]) for row in csv.DictReader(file)]
-        print("   images/s", *rates, *(f"{128_000 / rate:.2f} ms" for rate in rates[-1:]), flush=True)
+        print(
+            "   images/s", *rates, *(f"{128_000 / rate:.2f} ms" for rate in rates[-1:]), flush=True
+        )
 
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--data-dir")
 parser.add_argument("--peer")
 parser.add_argument("--depths", type=int, nargs="*", default=[20, 56, 110, 1202])
-parser.add_argument("--iterations", type=int, default=400 if torch.cuda.is_available() else 10, help="timed")
+parser.add_argument(
+    "--iterations", type=int, default=400 if torch.cuda.is_available() else 10, help="timed"
+)
 parser.add_argument("--peer-images", type=int, default=50_000, help="an epoch of the peer")
 args = parser.parse_args()
 call("tests on CUDA", "-m", "pytest", "-q", "-rs", "-k", "graphed or compiled or bf16")
-for switches in (["--precision", "float32", "--eager"], ["--eager"], ["--precision", "float32"], []):
+for switches in (
+    ["--precision", "float32", "--eager"],
+    ["--eager"],
+    ["--precision", "float32"],
+    [],
+):
     for depth in args.depths[:3]:
         speed(depth, *switches)
 for depth in args.depths[3:]:
     speed(depth)
 with tempfile.TemporaryDirectory() as folder:
     for depth in args.depths[:3] if args.peer else ():
-        call(f"{depth} layers, peer, two epochs", "-c", PEER, Path(args.peer).resolve(), f"resnet{depth}",
-             args.peer_images, folder, only="peer: ")
+        call(
+            f"{depth} layers, peer, two epochs",
+            "-c",
+            PEER,
+            Path(args.peer).resolve(),
+            f"resnet{depth}",
+            args.peer_images,
+            folder,
+            only="peer: ",
+        )
     for depth in (20, 110) if args.data_dir else ():
-        call(f"{depth} layers, 64,000 iterations", "resnet.py", "--depth", depth, "--dataset", "folder", "--data-dir",
-             Path(args.data_dir).resolve(), "--eval-every", 8000, "--output-dir", f"{folder}/{depth}")
+        call(
+            f"{depth} layers, 64,000 iterations",
+            "resnet.py",
+            "--depth",
+            depth,
+            "--dataset",
+            "folder",
+            "--data-dir",
+            Path(args.data_dir).resolve(),
+            "--eval-every",
+            8000,
+            "--output-dir",
+            f"{folder}/{depth}",
+        )
