@@ -525,7 +525,7 @@ def test_compiled_blocks_equal_eager_ones(default_dtype):
     recipe = resnet.Recipe(iterations=4, batch_size=8)
     net = resnet.ResNet(26).to(memory_format=torch.channels_last)
     other = copy.deepcopy(net)
-    propagate = resnet.speed_up(net, conditions_of("A"), 8, resnet.forward_backward)
+    propagate = resnet.speed_up(net, resnet.forward_backward)
     assert all(block._compiled_call_impl for block in (*net.stage1, *net.stage2, *net.stage3))
     ours = watch(net, data, recipe, propagate)
     assert_close(ours, watch(other, data, recipe))
@@ -533,6 +533,7 @@ def test_compiled_blocks_equal_eager_ones(default_dtype):
     assert len(ours[1]) == 4 and copy.deepcopy(net).state_dict().keys() == other.state_dict().keys()
 
 
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a compiler")
 def test_a_second_option_in_the_same_process_is_compiled_too(monkeypatch):
     """PyTorch compiles at most eight versions of a function, and runs the others eagerly."""
     real = nn.Module.compile
@@ -540,8 +541,10 @@ def test_a_second_option_in_the_same_process_is_compiled_too(monkeypatch):
     counters = torch._dynamo.utils.counters
     for option in ("A", "B", "C"):
         counters.clear()
-        resnet.speed_up(resnet.ResNet(8), conditions_of(option), 4, resnet.forward_backward)
-        assert counters["stats"]["unique_graphs"] == 5  # blocks of five shapes
+        net = resnet.ResNet(14, shortcut=option)
+        propagate = resnet.speed_up(net, resnet.forward_backward)
+        propagate(net, torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64))
+        assert counters["stats"]["unique_graphs"] == 6  # blocks of five shapes, and a trial
     torch._dynamo.reset()
 
 
@@ -582,7 +585,7 @@ def test_an_iteration_mixes_no_devices_and_reads_no_value(device, monkeypatch):
 def test_without_a_compiler_the_net_stays_as_it_was(tmp_path, monkeypatch):
     script = """import torch, resnet
 net = resnet.ResNet(8)
-propagate = resnet.speed_up(net, {"plain": False, "shortcut": "A"}, 4, resnet.forward_backward)
+propagate = resnet.speed_up(net, resnet.forward_backward)
 loss, _ = propagate(net, torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64))
 print(loss.isfinite().item(), [module for module in net.modules() if module._compiled_call_impl])"""
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
@@ -622,7 +625,7 @@ def test_graphed_and_compiled_equal_eager(option, precision, default_dtype, caps
 
     flags = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     with flags, torch.cuda.stream(torch.cuda.Stream()):
-        fast = resnet.speed_up(net, conditions_of(option), 32, eager)
+        fast = resnet.speed_up(net, eager)
         _, ours = watch(net, data, recipe, strict, ends=[stop])
         _, theirs = watch(other, data, recipe, eager, ends=[stop])
     assert type(fast) is resnet.CUDAGraph and (fast.graph is None) == fails
@@ -788,13 +791,13 @@ def test_a_terminal_without_the_letters_of_a_folder(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_during_a_save_leaves_the_old_checkpoint(tmp_path, capsys, monkeypatch):
-    """In the second of two rows, each of which writes the checkpoint and then the log."""
+    """In the second of two rows."""
     folder = tmp_path / "run"
     sizes = []
 
     def fsync(file):
         sizes.append(os.fstat(file).st_size)
-        if len(sizes) == 3:
+        if len(sizes) == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", fsync)
@@ -802,7 +805,7 @@ def test_ctrl_c_during_a_save_leaves_the_old_checkpoint(tmp_path, capsys, monkey
     assert (status, err.count("\n")) == (130, 1) and "same command" in err
     assert [row[0] for row in facts(folder)["rows"]] == [2]
     files = [folder / "checkpoint.pt", folder / "log.csv"]
-    assert sorted(folder.iterdir()) == files and sizes[:2] == [f.stat().st_size for f in files]
+    assert sorted(folder.iterdir()) == files and sizes[0] == files[0].stat().st_size
 
 
 def test_the_handler_of_ctrl_c_is_left_as_it_was_after_run_in_a_notebook(monkeypatch):
@@ -841,8 +844,10 @@ def test_what_is_no_checkpoint_is_left_as_it_is(short_run, tmp_path, capsys, mon
     for key in ("recipe", "rows", "model", "momentum", "warming_up"):
         bad.append({name: value for name, value in saved.items() if name != key})
     for key in ("recipe", "rows", "model", "momentum"):
-        for value in (None, "text", [], {}, [[1, 2]], [[None] * 7], torch.zeros(3)):
+        for value in (None, "text", [], [[1, 2]], [[None] * 7], torch.zeros(3)):
             bad.append({**saved, key: value})
+        if key != "momentum":  # a finished run has none
+            bad.append({**saved, key: {}})
     for content in bad:
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         before = path.read_bytes()
@@ -1132,8 +1137,8 @@ def write_run(folder, errors, responses=(), **changes):
     recipe |= {"weight_decay": 1e-4, "seed": 0, "warmup": False, "precision": "bf16"}
     recipe |= {"processes": 1, "images": "0123abcd", **changes}
     rows = [[i, 0.1, 1.5, train, test, 100, i // 100] for i, train, test in errors]
-    momentum = {"all": torch.empty(1000 * recipe["depth"], dtype=torch.int8)}
-    saved = {"recipe": recipe, "rows": rows, "momentum": momentum, "device": "1 x 2 threads"}
+    model = {"weight": torch.empty(1000 * recipe["depth"], dtype=torch.int8)}
+    saved = {"recipe": recipe, "rows": rows, "model": model, "device": "1 x 2 threads"}
     folder.mkdir(parents=True)
     torch.save({**saved, "responses": list(responses)}, folder / "checkpoint.pt")
 
