@@ -992,19 +992,17 @@ def test_saved_runs_are_the_rows_of_the_readme():
     assert len(saved_runs) >= 2
     for path in saved_runs:
         run = resnet.read_run(path)
-        last = run.rows[-1]
-        assert last.iteration == 64_000 and run.difference == "as in the paper"
-        assert run.name.lower() == path.parent.name and len(run.responses) == 19 + 36 * (
-            "56" in run.name
-        )
-        saved = load(path.parent)
-        net = resnet.ResNet(saved["settings"]["depth"], saved["settings"]["plain"])
-        net.load_state_dict(saved["model"])
-        assert layers_and_parameters(net)[1] == run.parameters and saved["optimizer"] == {}
+        settings, last = run["settings"], run["rows"][-1]
+        assert last.iteration == 64_000 and run["difference"] == "as in the paper"
+        assert run["name"].lower() == path.parent.name and run["optimizer"] == {}
+        assert len(run["responses"]) == settings["depth"] - 1
+        net = resnet.ResNet(settings["depth"], settings["plain"])
+        net.load_state_dict(run["model"])
+        assert layers_and_parameters(net)[1] == run["parameters"]
         errors = rf"\| {last.train_error:.2f} % \| {last.test_error:.2f} % \|"
-        assert re.search(rf"\| {run.name} .*{errors}", README)
+        assert re.search(rf"\| {run['name']} .*{errors}", README)
         log = path.with_name("log.csv").read_text().splitlines()
-        assert [line.split(",") for line in log[1:]] == [list(map(str, r)) for r in saved["rows"]]
+        assert [line.split(",") for line in log[1:]] == [list(map(str, r)) for r in run["rows"]]
 
 
 # ----- The report and the files -------------------------------------------------------------------
@@ -1106,7 +1104,7 @@ CHANGES += [{"colour": "red"}, {"depth": 110}]
 def test_what_the_paper_did_not_do_is_not_as_in_the_paper(tmp_path):
     for k, change in enumerate(CHANGES):
         write_run(tmp_path / str(k), [(64_001, 4.0, 6.5)], **{"iterations": 64_000, **change})
-    differences = [runs[0].difference for runs in resnet.collect_runs(tmp_path)]
+    differences = [runs[0]["difference"] for runs in resnet.collect_runs(tmp_path)]
     assert len(differences) == len(CHANGES) and "as in the paper" not in differences
 
 
