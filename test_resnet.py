@@ -1074,7 +1074,7 @@ def test_report_is_a_line_for_the_seeds_of_a_net(tmp_path, capsys):
     write("i", 6.75, bf16=False)
     write("l", 65.0, plain=True, depth=110, warm_up=400)
     write("same", 1.0)  # of the seed of a0: no evidence of its own
-    write("list", 1.0, seed=[1])
+    write("list", 1.0, seed=[1], lr=7)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "checkpoint.pt").write_text("no net")
     resnet.print_table(resnet.collect_runs(tmp_path))
