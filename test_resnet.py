@@ -840,8 +840,8 @@ def test_paths_of_the_home_folder_and_names_of_folders(monkeypatch, tmp_path):
     names = {"": "resnet-20", "--depth 56 --plain": "plain-56", "--shortcut B": "resnet-b-20"}
     names |= {"--depth 110": "resnet-110", "--bf16 --seed 1": "resnet-20-seed-1-bf16"}
     for words, name in names.items():
-        settings = resnet.make_settings(resnet.make_parser().parse_args(words.split()))
-        assert resnet.name_folder(settings) == Path("runs", name)
+        args = resnet.make_parser().parse_args(words.split())
+        assert resnet.name_folder(resnet.make_settings(args, 1)) == Path("runs", name)
 
 
 def start(function, *args):
@@ -943,8 +943,8 @@ def snippet(words):
 
 
 def test_synthetic_data_can_be_learnt_and_the_net_is_used_as_in_the_readme(tmp_path, capsys):
-    words = "--dataset synthetic --depth 8 --iterations 100 --batch-size 64 --output-dir"
-    run(capsys, words, tmp_path)
+    words = "--dataset synthetic --depth 8 --iterations 100 --batch-size 64 --eval-every 100"
+    run(capsys, words, "--output-dir", tmp_path)
     data = resnet.make_synthetic()
     picture = torchvision.transforms.functional.to_pil_image(data.test_images[0])
     picture.save(tmp_path / "cat.png")
