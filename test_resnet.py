@@ -660,6 +660,12 @@ def test_a_run_is_what_python_does_and_starts_from_its_seed(small, tmp_path, cap
     assert f"{saved['rows'][-1][4]:.2f} % after iteration 5" in out.splitlines()[-1]
 
 
+def test_a_short_run_has_ten_rows(small, tmp_path, capsys):
+    words = "--dataset synthetic --depth 8 --iterations 17 --batch-size 4 --output-dir"
+    assert run(capsys, words, tmp_path)[0] == 0
+    assert [row[0] for row in load(tmp_path)["rows"]] == [2, 4, 6, 8, 10, 12, 14, 16, 17]
+
+
 def test_the_same_command_resumes_and_then_finishes(small, tmp_path, capsys, monkeypatch):
     def stop_at_2(*args):
         return real(*args) if args[4] < 2 else sys.exit(9)  # args[4] is start
@@ -764,6 +770,8 @@ def test_what_goes_wrong_in_a_save_loses_nothing(trouble, small, tmp_path, capsy
 
     def evaluate_and_spoil(*args):
         tested.append(None)
+        if len(tested) == 2:
+            os.link(path, tmp_path / "first")  # it is to be replaced, not written to
         if len(tested) == 2 and trouble == "File too large":
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
         if len(tested) == 2 and trouble == "log.csv":
@@ -788,6 +796,7 @@ def test_what_goes_wrong_in_a_save_loses_nothing(trouble, small, tmp_path, capsy
     assert status == (130 if trouble == "stopped" else 2) and trouble in err
     assert len(err.splitlines()) == 1 and "delete" not in err
     assert sorted(folder.iterdir()) == [path, log] and synced[0] > 100_000
+    assert [row[0] for row in torch.load(tmp_path / "first")["rows"]] == [2]
     lost = trouble in ("stopped", "File too large", "another run")
     assert [row[0] for row in load(folder)["rows"]] == ([2] if lost else [2, 4])
     if trouble == "log.csv":
@@ -857,8 +866,8 @@ def run_in_child(folder):
     torch.set_num_threads(1)
     resnet.make_synthetic = small_data
     sys.stdout = sys.stderr = open(f"{folder}.out", "w")  # noqa: SIM115 - until the process ends
-    words = "--dataset synthetic --depth 8 --iterations 400 --batch-size 8 --warm-up 120"
-    resnet.main(split([words, "--device cpu --output-dir", folder]))
+    words = "--dataset synthetic --depth 8 --iterations 600 --batch-size 4 --warm-up 200"
+    resnet.main(split([words, "--eval-every 15 --device cpu --output-dir", folder]))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs forks and signals")
@@ -868,19 +877,21 @@ def test_kills_change_nothing_and_lines_appear_at_once(tmp_path):
     alone.join()
     folder, out = tmp_path / "killed", tmp_path / "killed.out"
     chance = random.Random(0)
+    ends = []
     for kill in [signal.SIGINT, *[signal.SIGKILL] * 5, None]:
         out.unlink(missing_ok=True)
         child = start(run_in_child, folder)
         while kill and not (out.exists() and re.search(r"^ +\d", out.read_text(), re.M)):
             time.sleep(0.02)
             assert child.is_alive()  # each row is written to the file at once
-        time.sleep(chance.uniform(0, 0.5))
         if kill:
+            time.sleep(chance.uniform(0, 0.2))
             os.kill(child.pid, kill)
         child.join()
-        assert child.exitcode == {signal.SIGINT: 130, signal.SIGKILL: -9, None: 0}[kill]
+        ends.append(child.exitcode)
         assert kill != signal.SIGINT or "stopped" in out.read_text().splitlines()[-1]
-    assert len(facts(folder)["rows"]) == 10 and facts(folder) == facts(tmp_path / "alone")
+    assert ends == [130] + [-9] * 5 + [0]
+    assert len(facts(folder)["rows"]) == 40 and facts(folder) == facts(tmp_path / "alone")
 
 
 def train_linear(rank, processes, folder):
@@ -888,11 +899,15 @@ def train_linear(rank, processes, folder):
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-    compute = resnet.forward_backward
+
+    def compute(net, images, labels):
+        assert len(images) == len(labels) == 8 // processes
+        return resnet.forward_backward(net, images, labels)
+
     if processes > 1:
         store = f"file://{folder}/store"
         torch.distributed.init_process_group("gloo", store, rank=rank, world_size=processes)
-        compute = resnet.choose_compute(net, 8, bf16=False, compiled=False, graph=True)
+        compute = resnet.share_batches(net, compute)
     recipe = resnet.Recipe(iterations=5, batch_size=8, lr=1e-3)
     results = watch(net, small_data(), recipe, compute), dict(net.state_dict())
     torch.save(results, folder / f"{rank} of {processes}")
