@@ -864,6 +864,7 @@ def start(function, *args):
 
 def run_in_child(folder):
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if a shell's "&" started us
     resnet.make_synthetic = small_data
     sys.stdout = sys.stderr = open(f"{folder}.out", "w")  # noqa: SIM115 - until the process ends
     words = "--dataset synthetic --depth 8 --iterations 600 --batch-size 4 --warm-up 200"
