@@ -1122,6 +1122,8 @@ def test_what_the_paper_did_not_do_is_not_as_in_the_paper(tmp_path):
         write_run(tmp_path / str(k), [(64_001, 4.0, 6.5)], **{"iterations": 64_000, **change})
     differences = [runs[0]["difference"] for runs in resnet.collect_runs(tmp_path)]
     assert len(differences) == len(CHANGES) and "as in the paper" not in differences
+    errors = [float(resnet.PAPER_ERRORS[f"ResNet-{depth}"].split()[0]) for depth in DEPTHS]
+    assert errors == [8.75, 7.51, 7.17, 6.97, 6.43, 7.93]  # Table 6
 
 
 def test_figures_6_and_7_and_what_stops_them(tmp_path, capsys, monkeypatch):
