@@ -876,6 +876,7 @@ def test_kills_change_nothing_and_lines_appear_at_once(tmp_path):
     """Killed shortly after its first row, again and again: by Ctrl-C and by SIGKILL."""
     alone = start(run_in_child, tmp_path / "alone")
     alone.join()
+    assert "  loss " not in (tmp_path / "alone.out").read_text()  # that is for a terminal
     folder, out = tmp_path / "killed", tmp_path / "killed.out"
     chance = random.Random(0)
     ends = []
