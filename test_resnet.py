@@ -925,7 +925,7 @@ def test_two_processes_equal_one(tmp_path):
     assert_close(two, [one, one], rtol=1e-10, atol=1e-12)
 
 
-def test_torchrun(small, tmp_path, capsys, monkeypatch):
+def test_torchrun(tmp_path, monkeypatch):
     """One process prints and saves; the net that it has tested is the one that it saves."""
     script = """import resnet, test_resnet
 resnet.make_synthetic = test_resnet.small_data
