@@ -498,7 +498,7 @@ def test_bad_arguments_are_refused_at_once(capsys, tmp_path, monkeypatch):
     --plain --shortcut C: plain, --iterations 0: iterations, --batch-size 0: batch, --lr nan: lr,
     --lr -1: lr, --lr inf: lr, --weight-decay inf: decay, --weight-decay -1: decay, --seed -1: seed,
     --seed 4294967296: seed, --momentum 1: momentum, --momentum -1: momentum, --eval-every 0: eval,
-    --device tpu: tpu, --device cuda:99: cuda:99, --device meta: meta, --report nowhere: nowhere,
+    --device hpu: hpu, --device cuda:99: cuda:99, --device meta: meta, --report nowhere: nowhere,
     --output-dir file: file"""
     for case in re.split(r",\s+", bad):
         words, culprit = case.split(": ")
@@ -818,10 +818,10 @@ def test_report_and_figures(tmp_path, capsys, monkeypatch):
     status, out, err = run(capsys, f"--report {tmp_path}")
     assert status == 2 and "pip install matplotlib" in err and "halted" in err
     table = [line.removeprefix("| ") for line in out.splitlines() if line.startswith("| ")]
-    expected = """plain-20 | the paper's | 1 | 8.00 % | 9.75 % |  | 0:10:40
-    ResNet-20 | the paper's | 3 | 2.00 ± 1.00 % | 8.50 ± 0.50 % | 8.75 % | 0:10:40
+    expected = """plain-20 | default | 1 | 8.00 % | 9.75 % |  | 0:10:40
+    ResNet-20 | default | 3 | 2.00 ± 1.00 % | 8.50 ± 0.50 % | 8.75 % | 0:10:40
     ResNet-20 | bf16, processes 2 | 1 | 4.00 % | 6.25 % | 8.75 % | 0:10:40
-    ResNet-B-20 | the paper's | 1 | 4.00 % | 8.50 % |  | 0:10:40
+    ResNet-B-20 | default | 1 | 4.00 % | 8.50 % |  | 0:10:40
     ResNet-56 | unfinished after 500 | 1 | 4.00 % | 45.00 % |  | 0:00:05
     ResNet-110 | dataset cifar100, val, iterations 2000 | 1 | 4.00 % | 42.25 % |  | 0:00:20"""
     assert sorted(table[1:]) == sorted(f"{line.strip()} | a GPU |" for line in expected.split("\n"))
