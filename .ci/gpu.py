@@ -6,43 +6,60 @@ Without a device, it only shows that this script itself works.
 """
 
 import argparse
-import csv
+import gc
+import itertools
 import subprocess
 import sys
-import tempfile
+import time
 from pathlib import Path
 
 import torch
 
-PROGRAM = Path(__file__).parent.parent / "resnet.py"
-CASES = {
-    "float32, no graph": ["--no-graph"],
-    "float32": [],
-    "bf16, no graph": ["--bf16", "--no-graph"],
-    "bf16": ["--bf16"],
-}
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import resnet  # noqa: E402
+
+CUDA = torch.cuda.is_available()
+FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
 
-def measure(depth, iterations, switches):
-    """Train on synthetic images in two rows. Return images/s of the second one."""
-    with tempfile.TemporaryDirectory() as folder:
-        words = f"--dataset synthetic --lr 0.01 --depth {depth} --iterations {2 * iterations}"
-        words = [*words.split(), "--eval-every", str(iterations), "--output-dir", folder, *switches]
-        subprocess.run([sys.executable, PROGRAM, *words], check=True, stdout=subprocess.DEVNULL)
-        with open(Path(folder, "log.csv"), newline="") as file:
-            return float(list(csv.DictReader(file))[-1]["images_per_s"])
+def measure(data, depth, bf16, graph, memory_format, iterations):
+    """Return images/s of training, after ten iterations that do not count."""
+    recipe = resnet.Recipe(depth, bf16=bf16, lr=0.01, batch_size=128 if CUDA else 2)
+    net = resnet.make_net(recipe).to(data.images.device, memory_format=memory_format)
+    optimizer = resnet.make_optimizer(net, recipe)
+    if graph:
+        resnet.capture_graphs(net, recipe)
+    warm_up = 10 if CUDA else 1
+    resnet.train(net, optimizer, data, recipe, 0, warm_up)
+    began = time.perf_counter()
+    resnet.train(net, optimizer, data, recipe, warm_up, warm_up + iterations)
+    return iterations * recipe.batch_size / (time.perf_counter() - began)
 
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--depths", type=int, nargs="*", default=[20, 56, 110, 1202])
-parser.add_argument("--iterations", type=int, default=400 if torch.cuda.is_available() else 2)
 args = parser.parse_args()
-name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-print(f"{name}, torch {torch.__version__}", flush=True)
-tests = [sys.executable, "-m", "pytest", "-q", "-rs", "-k", "cuda"]
-subprocess.run(tests, cwd=PROGRAM.parent, check=False)
-for depth in args.depths:
-    for case, switches in CASES.items():
-        speed = measure(depth, args.iterations, switches)
-        line = f"{depth:>5} layers  {case:<18} {speed:>8,.0f} images/s {128_000 / speed:>8.2f} ms"
-        print(line, flush=True)
+tests = [sys.executable, "-m", "pytest", "-q", "-rs", "-k", "real"]
+subprocess.run(tests, cwd=ROOT, check=False)
+
+device, machine = resnet.choose_device(None)
+data = resnet.make_synthetic().to(device)
+print(f"\n{machine}\n\n| layers | precision | memory format | graph | images/s | ms | GB |")
+print("|---" * 7 + "|")
+cases = itertools.product(args.depths, (False, True), FORMATS, (True, False) if CUDA else (False,))
+for depth, bf16, name, graph in cases:
+    iterations = max(30, 8000 // depth) if CUDA else 1
+    try:
+        speed = measure(data, depth, bf16, graph, FORMATS[name], iterations)
+        result = f"{speed:,.0f} | {128_000 / speed:.2f}"
+    except (resnet.UserError, RuntimeError) as error:
+        result = f"{resnet.one_line(error)} | "
+    memory = torch.cuda.max_memory_allocated() / 1e9 if CUDA else 0
+    precision = "bf16" if bf16 else "float32"
+    words = [str(depth), precision, name, "yes" if graph else "no", result, f"{memory:.1f}"]
+    print(f"| {' | '.join(words)} |", flush=True)
+    gc.collect()  # the net that was captured
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
